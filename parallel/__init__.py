@@ -1,0 +1,12 @@
+"""How the model is laid out over ranks: Megatron-core, its repairs, the mesh, the optimizers, the distributed checkpoint.
+
+    errors.py      what the user can mend: TopologyError, CheckpointError
+    optional.py    apex, Transformer Engine, DeepSpeed: found without importing them
+    compat.py      Megatron-core's names, version differences, repairs and the CPU shim; nobody else imports Megatron
+    mesh.py        parallel sizes, their check, process groups and seeds
+    optimizer.py   AdamW through Megatron's (distributed) optimizer, schedules
+    muon.py        Muon for matrices beside AdamW for the rest, behind the same interface
+    checkpoint.py  the distributed checkpoint: whole or absent, verified, rotated
+
+This room knows tensors, modules and ranks, nothing of recipes or training loops.
+"""
