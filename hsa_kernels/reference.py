@@ -35,7 +35,7 @@ _BLOCK_BYTES = 32 << 20
 # What autograd may keep of one call before blocks are recomputed in backward instead.
 _KEPT_BYTES = 768 << 20
 # Dense over chunks wins while the chunks in reach are at most this many times the selected ones (measured on CPU).
-_DENSE_REACH = 8
+_DENSE_REACH = 16
 
 
 def hsa_attention(
@@ -140,14 +140,17 @@ def _dense_block(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_
     """q (B, T, Hkv, R, D) against all of k, v (B, Hkv, c*S, D); the selection is a scattered weight per chunk."""
     batch, tokens, heads_kv, ratio, dim = q.shape
     chunks = k.shape[2] // chunk_size
-    qh = q.permute(0, 2, 3, 1, 4).reshape(batch, heads_kv, ratio * tokens, dim)
-    scores = torch.matmul(qh * scale, k.transpose(-1, -2))
-    p = torch.softmax(scores.view(batch, heads_kv, ratio * tokens, chunks, chunk_size), -1)
+    rows = ratio * tokens
+    qh = q.permute(0, 2, 3, 1, 4).reshape(batch, heads_kv, rows, dim)
+    # Keys go as (S, c), not (c, S): a softmax over an outer dimension is vectorised, one over 8 or 16 columns is not.
+    k = k.reshape(batch, heads_kv, chunks, chunk_size, dim).transpose(2, 3).reshape(batch, heads_kv, -1, dim)
+    v = v.reshape(batch, heads_kv, chunks, chunk_size, dim).transpose(2, 3).reshape(batch, heads_kv, -1, dim)
+    scores = torch.matmul(qh * scale, k.transpose(-1, -2)).view(batch, heads_kv, ratio, tokens, chunk_size, chunks)
     # -1 goes to one extra column that is cut off; repeated ids add up.
     wide = w.new_zeros(batch, tokens, heads_kv, chunks + 1)
     wide = wide.scatter_add(-1, torch.where(idx < 0, chunks, idx), w)[..., :chunks]
-    p = p.view(batch, heads_kv, ratio, tokens, chunks, chunk_size) * wide.permute(0, 2, 1, 3)[:, :, None, :, :, None]
-    out = torch.matmul(p.reshape(batch, heads_kv, ratio * tokens, chunks * chunk_size), v)
+    p = torch.softmax(scores, -2) * wide.permute(0, 2, 1, 3)[:, :, None, :, None, :]
+    out = torch.matmul(p.view(batch, heads_kv, rows, chunk_size * chunks), v)
     out = out.view(batch, heads_kv, ratio, tokens, dim).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, tokens, heads_kv * ratio, dim)
 
