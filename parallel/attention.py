@@ -1,0 +1,160 @@
+"""The two attentions of the decoder, made of Megatron's parallel linear layers and the operators of `hsa_kernels`.
+
+Hidden states are (L, B, hidden), Megatron's layout; operators take (B, L, heads, head size).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsa_kernels import ops
+from parallel.compat import (
+    ColumnParallelLinear,
+    MegatronModule,
+    ProcessGroupCollection,
+    RowParallelLinear,
+    SelfAttention,
+    TransformerConfig,
+    apply_rotary_pos_emb,
+    tensor_parallel,
+)
+from parallel.memory import ContextMemory
+from parallel.model_config import ModelConfig
+from parallel.norm import RMSNorm
+
+
+@dataclass
+class AttentionSchedule:
+    """What a stage may change about attention. One object is shared by all layers of a model, so setting it once is enough.
+
+    window, hsa_window: tokens a sliding-window layer sees, the token itself included (hsa_window: inside HSA layers).
+    top_k: chunks an HSA token reads; None means every visible chunk.
+    """
+
+    window: int = 512
+    hsa_window: int = 512
+    top_k: int | None = None
+
+
+class NoCoreAttention:
+    """Megatron builds a core attention inside `SelfAttention`; ours is an operator, so the slot stays empty."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+
+class SlidingWindowSelfAttention(SelfAttention):
+    """Causal self-attention over the last `window` tokens: Megatron's projections and QK-norm, RoPE, our operator."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        rotary_pos_emb: Tensor,
+        *,
+        window: int,
+        documents: Tensor | None = None,
+        halo: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Attend.
+
+        hidden_states (L, B, hidden); rotary_pos_emb (n + L, 1, 1, D) angles of positions 0 .. n + L - 1, n the length of the
+        halo (only differences of positions matter, so a halo's first token may be called position 0); documents (B, L) int32;
+        halo: keys and values (n, B, Hkv, D) of the n tokens to the left, keys not yet rotated.
+        Returns the output (L, B, hidden) and this call's keys and values, halo included, keys not rotated.
+        """
+        q, k, v = self.get_query_key_value_tensors(hidden_states)
+        if halo is not None:
+            k, v = torch.cat((halo[0], k)), torch.cat((halo[1], v))
+        offset = k.shape[0] - q.shape[0]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            group = self.pg_collection.cp
+            q = apply_rotary_pos_emb(q, rotary_pos_emb[offset : offset + q.shape[0]], self.config, cp_group=group)
+            k = apply_rotary_pos_emb(k, rotary_pos_emb[: k.shape[0]], self.config, cp_group=group)
+            out = ops.sliding_window_attention(
+                q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), window=window, documents=documents, key_offset=offset
+            )
+            return out.transpose(0, 1).flatten(2)
+
+        if self.checkpoint_core_attention and self.training:
+            out = tensor_parallel.checkpoint(attend, False, q, k, v)
+        else:
+            out = attend(q, k, v)
+        return self.linear_proj(out)[0], (k, v)
+
+
+class HierarchicalSparseAttention(MegatronModule):
+    """Retrieval of chunks by landmark scores and attention inside each retrieved chunk (FACTS: arXiv 2511.23319, section 2).
+
+    Owns the query side only: keys, values and landmarks come from the context memory, shared by all HSA layers. No
+    positional encoding. Queries and keys are RMS-normalised per head, retrieval queries and landmarks per retrieval head.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        schedule: AttentionSchedule,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.model = model
+        self.schedule = schedule
+        common = {"config": config, "bias": False, "tp_group": pg_collection.tp}
+        query_size = model.num_heads * model.head_dim
+        column = {**common, "init_method": config.init_method, "gather_output": False}
+        self.linear_q = ColumnParallelLinear(config.hidden_size, query_size, **column)
+        self.linear_retrieval = ColumnParallelLinear(config.hidden_size, model.retrieval_dim, **column)
+        self.linear_proj = RowParallelLinear(
+            query_size,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            **common,
+        )
+        self.q_layernorm = RMSNorm(config, model.head_dim, config.layernorm_epsilon)
+        self.retrieval_layernorm = RMSNorm(config, model.retrieval_dim // model.retrieval_heads, config.layernorm_epsilon)
+        self.checkpoint_core_attention = config.recompute_granularity == "selective"
+
+    def forward(
+        self, hidden_states: Tensor, memory: ContextMemory, *, documents: Tensor | None = None, query_offset: int = 0
+    ) -> Tensor:
+        """hidden_states (L, B, hidden) of tokens query_offset .. query_offset + L - 1; documents (B, keys) int32.
+
+        Returns (L, B, hidden); rows that see no completed chunk are 0 before the output projection.
+        """
+        model = self.model
+        length, batch = hidden_states.shape[:2]
+        if memory.chunks == 0:
+            return torch.zeros_like(hidden_states)
+        q = self.q_layernorm(self.linear_q(hidden_states)[0].view(length, batch, -1, model.head_dim))
+        retrieval = self.linear_retrieval(hidden_states)[0].view(length, batch, model.retrieval_heads, -1)
+        # Scores decide which chunks are read at all, so they are computed in fp32 whatever the precision of the run.
+        retrieval = self.retrieval_layernorm(retrieval.float())
+
+        def attend(q: Tensor, retrieval: Tensor, k: Tensor, v: Tensor, landmarks: Tensor) -> Tensor:
+            indices, scores = ops.select_chunks(
+                retrieval.transpose(0, 1),
+                landmarks.float(),
+                top_k=min(self.schedule.top_k or memory.chunks, memory.chunks),
+                chunk_size=model.chunk_size,
+                query_offset=query_offset,
+                documents=documents,
+            )
+            weights = ops.selection_weights(scores, indices)
+            if model.retrieval_heads < model.hsa_kv_heads:  # one retrieval shared by all key/value heads
+                indices = indices.expand(-1, -1, model.hsa_kv_heads, -1)
+                weights = weights.expand(-1, -1, model.hsa_kv_heads, -1)
+            out = ops.hsa_attention(q.transpose(0, 1), k, v, weights, indices, chunk_size=model.chunk_size)
+            return out.transpose(0, 1).flatten(2)
+
+        inputs = (q, retrieval, memory.k, memory.v, memory.landmarks)
+        if self.checkpoint_core_attention and self.training:
+            out = tensor_parallel.checkpoint(attend, False, *inputs)
+        else:
+            out = attend(*inputs)
+        return self.linear_proj(out)[0]

@@ -1,0 +1,127 @@
+"""Chunk encoder: turns the lower decoder's hidden states into the context memory, once, for all HSA layers."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from parallel.compat import (
+    MLP,
+    ColumnParallelLinear,
+    MegatronModule,
+    MLPSubmodules,
+    ModuleSpec,
+    ProcessGroupCollection,
+    RowParallelLinear,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TransformerConfig,
+    build_module,
+)
+from parallel.memory import ContextMemory
+from parallel.model_config import ModelConfig
+from parallel.norm import RMSNorm
+
+
+class BidirectionalCoreAttention(nn.Module):
+    """Full attention inside one chunk, no mask and no positional encoding: the slot Megatron's SelfAttention leaves open."""
+
+    def __init__(self, config: TransformerConfig, **_: object) -> None:
+        super().__init__()
+        self.scale = config.kv_channels**-0.5
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query, key, value (S + 1, chunks, heads, D) -> (S + 1, chunks, heads * D)."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class ChunkSelfAttention(SelfAttention):
+    """Megatron's projections and QK-norm around `BidirectionalCoreAttention`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        return self.linear_proj(self.core_attention(*self.get_query_key_value_tensors(hidden_states)))[0]
+
+
+class EncoderLayer(MegatronModule):
+    """Pre-norm bidirectional layer with a dense SwiGLU MLP; hidden states (S + 1, chunks, hidden)."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, layer_number: int) -> None:
+        super().__init__(config=config)
+        norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        attention = ModuleSpec(
+            module=ChunkSelfAttention,
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear,
+                core_attention=BidirectionalCoreAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=RMSNorm,
+                k_layernorm=RMSNorm,
+            ),
+        )
+        self.input_layernorm = RMSNorm(**norm)
+        self.self_attention = build_module(attention, config=config, layer_number=layer_number, pg_collection=pg_collection)
+        self.pre_mlp_layernorm = RMSNorm(**norm)
+        self.mlp = MLP(
+            config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), tp_group=pg_collection.tp
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = hidden_states + self.self_attention(self.input_layernorm(hidden_states))
+        return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))[0]
+
+
+def encoder_config(config: TransformerConfig, model: ModelConfig) -> TransformerConfig:
+    """The decoder's configuration with the encoder's own sizes: dense, all heads with keys and values of their own."""
+    config = copy.copy(config)
+    config.num_moe_experts = None
+    config.num_query_groups = model.num_heads
+    config.ffn_hidden_size = model.encoder_ffn_hidden_size
+    return config
+
+
+class ChunkEncoder(MegatronModule):
+    """[CLS] + S tokens of each chunk -> bidirectional layers -> keys, values (from the tokens) and landmark (from [CLS])."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, pg_collection: ProcessGroupCollection) -> None:
+        config = encoder_config(config, model)
+        super().__init__(config=config)
+        self.model = model
+        self.cls = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
+        config.init_method(self.cls)
+        self.layers = nn.ModuleList(EncoderLayer(config, pg_collection, i + 1) for i in range(model.encoder_layers))
+        self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        column = {"config": config, "init_method": config.init_method, "bias": False, "gather_output": False}
+        kv_size = model.hsa_kv_heads * model.head_dim
+        self.linear_k = ColumnParallelLinear(config.hidden_size, kv_size, tp_group=pg_collection.tp, **column)
+        self.linear_v = ColumnParallelLinear(config.hidden_size, kv_size, tp_group=pg_collection.tp, **column)
+        self.linear_landmark = ColumnParallelLinear(
+            config.hidden_size, model.retrieval_dim, tp_group=pg_collection.tp, **column
+        )
+        self.k_layernorm = RMSNorm(config, model.head_dim, config.layernorm_epsilon)
+        self.landmark_layernorm = RMSNorm(config, model.retrieval_dim // model.retrieval_heads, config.layernorm_epsilon)
+
+    def forward(self, hidden_states: Tensor) -> ContextMemory:
+        """hidden_states (C * S, B, hidden), whole chunks only. Each chunk is encoded by itself."""
+        model = self.model
+        length, batch, hidden = hidden_states.shape
+        if length % model.chunk_size:
+            raise ValueError(f"the chunk encoder takes whole chunks of {model.chunk_size} tokens, got {length} tokens")
+        chunks = length // model.chunk_size
+        x = hidden_states.view(chunks, model.chunk_size, batch, hidden).transpose(0, 1).reshape(model.chunk_size, -1, hidden)
+        x = torch.cat((self.cls.to(x.dtype).expand(1, x.shape[1], hidden), x))
+        for layer in self.layers:
+            x = layer(x)
+        x = self.final_layernorm(x)
+
+        tokens = x[1:].view(model.chunk_size, chunks, batch, hidden).permute(2, 1, 0, 3).reshape(batch, length, hidden)
+        landmarks = self.linear_landmark(x[0].view(chunks, batch, hidden).transpose(0, 1))[0]
+        landmarks = landmarks.view(batch, chunks, model.retrieval_heads, -1)
+        return ContextMemory(
+            k=self.k_layernorm(self.linear_k(tokens)[0].view(batch, length, -1, model.head_dim)),
+            v=self.linear_v(tokens)[0].view(batch, length, -1, model.head_dim),
+            landmarks=self.landmark_layernorm(landmarks),
+        )

@@ -1,0 +1,162 @@
+"""Decoder layers as a Megatron TransformerBlock builds them: sliding-window, HSA, or both, each with a dense MLP or experts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from parallel.attention import (
+    AttentionSchedule,
+    HierarchicalSparseAttention,
+    NoCoreAttention,
+    SlidingWindowSelfAttention,
+)
+from parallel.compat import (
+    MLP,
+    ColumnParallelLinear,
+    IdentityOp,
+    MLPSubmodules,
+    ModuleSpec,
+    MoELayer,
+    MoESubmodules,
+    ProcessGroupCollection,
+    RowParallelLinear,
+    SelfAttentionSubmodules,
+    SequentialMLP,
+    SharedExpertMLP,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from parallel.encoder import ChunkEncoder
+from parallel.memory import ContextMemory
+from parallel.model_config import ModelConfig
+from parallel.norm import RMSNorm
+
+KeysAndValues = tuple[Tensor, Tensor]
+
+
+class DecoderLayer(TransformerLayer):
+    """One layer: x -> r = x + SWA(norm x); h = HSA(norm r); out = r + MLP(norm(r + h)).
+
+    The HSA output feeds the MLP and stays out of the residual stream ("bypass", arXiv 2510.17196). `kind` is "swa" (no h),
+    "hsa" (r = x) or "swa+hsa". The first HSA layer of a model also owns the chunk encoder: it turns its own input, the lower
+    decoder's output, into the context memory and hands that on as Megatron's `context`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *,
+        model: ModelConfig,
+        schedule: AttentionSchedule,
+        kind: str,
+        owns_encoder: bool,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(config=config, submodules=submodules, pg_collection=pg_collection, **kwargs)
+        self.model = model
+        self.schedule = schedule
+        self.has_window = "swa" in kind
+        self.has_hsa = "hsa" in kind
+        if self.has_hsa:
+            self.hsa_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.hsa_attention = HierarchicalSparseAttention(config, model, schedule, self.pg_collection)
+        self.encoder = ChunkEncoder(config, model, self.pg_collection) if owns_encoder else None
+
+    @property
+    def window(self) -> int:
+        """Tokens this layer's sliding window holds now, the token itself included."""
+        return self.schedule.hsa_window if self.has_hsa else self.schedule.window
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **_: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (L, B, hidden). `attention_mask` carries document ids (B, L) int32 or None; `context` the packed memory."""
+        documents = attention_mask
+        memory = None
+        if self.encoder is not None:
+            memory = self.encoder(hidden_states)
+            context = memory.pack()
+        elif self.has_hsa:
+            memory = ContextMemory.unpack(context, self.model)
+        output, _kv = self.mix(hidden_states, rotary_pos_emb, memory=memory, documents=documents)
+        return output, context
+
+    def mix(
+        self,
+        hidden_states: Tensor,
+        rotary_pos_emb: Tensor,
+        *,
+        memory: ContextMemory | None = None,
+        documents: Tensor | None = None,
+        halo: KeysAndValues | None = None,
+        query_offset: int = 0,
+    ) -> tuple[Tensor, KeysAndValues | None]:
+        """The layer on tokens query_offset .. of a sequence whose left neighbours are in `halo` and in `memory`.
+
+        Returns the output (L, B, hidden) and the window's keys and values, halo included (None without a window).
+        """
+        keys_values = None
+        if self.has_window:
+            attended, keys_values = self.self_attention(
+                self.input_layernorm(hidden_states), rotary_pos_emb, window=self.window, documents=documents, halo=halo
+            )
+            hidden_states = hidden_states + attended
+        mlp_input = hidden_states
+        if self.has_hsa:
+            assert memory is not None, "an HSA layer needs the context memory"
+            mlp_input = hidden_states + self.hsa_attention(
+                self.hsa_layernorm(hidden_states), memory, documents=documents, query_offset=query_offset
+            )
+        return hidden_states + self.mlp(self.pre_mlp_layernorm(mlp_input))[0], keys_values
+
+
+def mlp_spec(experts: bool) -> ModuleSpec:
+    """A dense SwiGLU MLP, or Megatron's mixture of experts with a shared expert."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if not experts:
+        return ModuleSpec(module=MLP, submodules=linears)
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=ModuleSpec(module=SequentialMLP, submodules=linears),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
+        ),
+    )
+
+
+def decoder_specs(model: ModelConfig, schedule: AttentionSchedule) -> TransformerBlockSubmodules:
+    """Specs of every decoder layer, bottom to top, for Megatron's TransformerBlock."""
+    attention = ModuleSpec(
+        module=SlidingWindowSelfAttention,
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=NoCoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            k_layernorm=RMSNorm,
+        ),
+    )
+    kinds = model.layer_kinds()
+    first_hsa = next(i for i, kind in enumerate(kinds) if "hsa" in kind)
+    layers = []
+    for index, kind in enumerate(kinds):
+        has_window = "swa" in kind
+        submodules = TransformerLayerSubmodules(
+            input_layernorm=RMSNorm if has_window else IdentityOp,
+            self_attention=attention if has_window else IdentityOp,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp_spec(model.uses_experts(index)),
+        )
+        params = {"model": model, "schedule": schedule, "kind": kind, "owns_encoder": index == first_hsa}
+        layers.append(ModuleSpec(module=DecoderLayer, submodules=submodules, params=params))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+

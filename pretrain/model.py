@@ -1,0 +1,193 @@
+"""Assembly of one HSA-UltraLong model from Megatron-core parts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from parallel.attention import AttentionSchedule
+from parallel.compat import (
+    ColumnParallelLinear,
+    LanguageModelEmbedding,
+    LanguageModule,
+    ProcessGroupCollection,
+    RotaryEmbedding,
+    TransformerBlock,
+    TransformerConfig,
+)
+from parallel.layers import decoder_specs
+from parallel.mesh import ParallelConfig
+from parallel.model_config import ModelConfig
+
+
+def transformer_config(
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig | None = None,
+    bf16: bool = False,
+    recompute: str = "none",
+    deterministic: bool = False,
+) -> TransformerConfig:
+    """Megatron's configuration for `model`. recompute: none | selective (attention only) | full (whole layers)."""
+    parallel = parallel or ParallelConfig()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    moe: dict[str, object] = {}
+    if model.num_experts:
+        moe = dict(
+            num_moe_experts=model.num_experts,
+            moe_router_topk=model.experts_per_token,
+            moe_ffn_hidden_size=model.expert_ffn_hidden_size,
+            moe_shared_expert_intermediate_size=model.shared_expert_ffn_hidden_size,
+            moe_layer_freq=[int(model.uses_experts(layer)) for layer in range(model.num_layers)],
+            # Ling-2.0: sigmoid scores, no auxiliary loss; a bias per expert, moved against its load, balances.
+            moe_router_score_function="sigmoid",
+            moe_router_load_balancing_type="none",
+            moe_router_enable_expert_bias=True,
+            moe_router_bias_update_rate=model.expert_bias_update_rate,
+            moe_router_dtype="fp32",
+            moe_token_dispatcher_type="alltoall" if parallel.expert > 1 else "allgather",
+        )
+    checkpointing: dict[str, object] = {}
+    if recompute == "full":
+        checkpointing = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif recompute == "selective":
+        checkpointing = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.swa_kv_heads,
+        kv_channels=model.head_dim,
+        layernorm_epsilon=model.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        use_cpu_initialization=True,  # the seed alone fixes the weights, see initialize_weights
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        calculate_per_token_loss=True,
+        deterministic_mode=deterministic,
+        hetereogenous_dist_checkpoint=True,  # layers differ, each is stored under its own name
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        **moe,
+        **checkpointing,
+    )
+
+
+class HSAModel(LanguageModule):
+    """Embedding, decoder and output layer.
+
+    tokens, labels (B, L) int64; documents (B, L) int32 or None (one document per row). L is a multiple of the chunk size.
+    """
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, max_length: int) -> None:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        super().__init__(config=config, pg_collection=groups)
+        self.model = model
+        self.schedule = AttentionSchedule()
+        self.pre_process = self.post_process = True
+        self.share_embeddings_and_output_weights = model.tied_embeddings
+        self.embedding = LanguageModelEmbedding(
+            config=config, vocab_size=model.vocab_size, max_sequence_length=max_length, position_embedding_type="rope"
+        )
+        self.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=model.head_dim, rotary_percent=1.0, rotary_base=model.rope_base, cp_group=groups.cp
+        )
+        self.decoder = TransformerBlock(config=config, spec=decoder_specs(model, self.schedule), pg_collection=groups)
+        self.output_layer = ColumnParallelLinear(
+            model.hidden_size,
+            model.vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=model.tied_embeddings,
+            tp_group=groups.tp,
+        )
+        self.setup_embeddings_and_output_layer()
+
+    def set_schedule(self, *, window: int, hsa_window: int, top_k: int | None) -> None:
+        """What a stage sets: window sizes in tokens, and chunks read by HSA (None: all visible)."""
+        self.schedule.window, self.schedule.hsa_window, self.schedule.top_k = window, hsa_window, top_k
+
+    def set_input_tensor(self, input_tensor: Tensor) -> None:
+        """Called by Megatron's schedules; this model is one pipeline stage, so there is nothing to take over."""
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) -> (L, B, hidden)."""
+        return self.embedding(input_ids=tokens, position_ids=None)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states (L, B, hidden), after the final norm -> (L, B, vocabulary)."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=weight)[0]
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Loss of every token (B, L) float32 when labels are given, else logits (B, L, vocabulary)."""
+        length = tokens.shape[1]
+        hidden_states = self.decoder(
+            hidden_states=self.embed(tokens), attention_mask=documents, rotary_pos_emb=self.rotary_pos_emb(length)
+        )
+        logits = self.logits(hidden_states)
+        if labels is None:
+            return logits.transpose(0, 1)
+        return self.compute_language_model_loss(labels, logits.float())
+
+
+def build_model(
+    model: ModelConfig,
+    *,
+    max_length: int,
+    seed: int,
+    parallel: ParallelConfig | None = None,
+    bf16: bool = False,
+    recompute: str = "none",
+    deterministic: bool = False,
+    device: torch.device | str = "cpu",
+) -> HSAModel:
+    """Build a model and set its weights from the seed. device "meta" allocates nothing and initialises nothing."""
+    config = transformer_config(model, parallel=parallel, bf16=bf16, recompute=recompute, deterministic=deterministic)
+    if str(device) == "meta":
+        with torch.device("meta"):
+            return HSAModel(config, model, max_length)
+    built = HSAModel(config, model, max_length)
+    initialize_weights(built, seed)
+    return built.to(device)
+
+
+def initialize_weights(built: HSAModel, seed: int) -> None:
+    """Set every weight from the seed and the parameter's own name, so that it does not depend on building order or layout.
+
+    Normal with `init_std`; projections that write into the residual stream are scaled by 1 / sqrt(2 * layers) as in Megatron.
+    Gains stay 1.
+    """
+    std = built.model.init_std
+    residual_std = std / math.sqrt(2 * built.model.num_layers)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if parameter.dim() == 1 and not name.endswith("encoder.cls"):
+                parameter.fill_(1.0)
+                continue
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            values.normal_(0.0, residual_std if writes_residual else std, generator=generator)
+            parameter.copy_(values)
