@@ -1,0 +1,75 @@
+"""The ``data`` part of a recipe, as structured configs (typed by OmegaConf, usable as plain dataclasses)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+TASKS = ("niah_single", "niah_multikey", "niah_multiquery", "variable_tracking", "copy")
+"""Synthetic tasks in the order of their domain ids (which follow the ids of the mix's domains)."""
+
+
+@dataclass
+class MixEntry:
+    """One domain of the mix.
+
+    name: label in metrics and in the saved position. path: folder written by ``hsa data tokenize``. weight: share of
+    the TOKENS, relative to the other entries. domain: which domain of the folder; null takes the one called ``name``,
+    or the only one there is; ``"*"`` takes all of them.
+    """
+
+    name: str = "???"
+    path: str = "???"
+    weight: float = 1.0
+    domain: str | None = None
+
+
+@dataclass
+class SyntheticConfig:
+    """Synthetic long-context samples and the loss weights.
+
+    rate: share of the sequences that are synthetic (exact over time in every lane). tasks: relative frequency by task
+    name. min_length: null makes one sample per sequence; a number packs samples of log-uniform lengths from there up
+    to the context (in tokens, whole chunks). digits: length of a number. keys: needles of ``niah_multikey`` and
+    ``niah_multiquery``. queries: how many of them ``niah_multiquery`` asks for. hops: assignments after the first in
+    ``variable_tracking``. copy_random: share of ``copy`` samples made of random tokens instead of text. *_weight:
+    loss weight of natural text (haystacks included), of the copied half, of answers.
+    """
+
+    rate: float = 0.01
+    tasks: dict[str, float] = field(
+        default_factory=lambda: {
+            "niah_single": 0.3,
+            "niah_multikey": 0.2,
+            "niah_multiquery": 0.15,
+            "variable_tracking": 0.15,
+            "copy": 0.2,
+        }
+    )
+    text_weight: float = 1.0
+    copy_weight: float = 1.0
+    answer_weight: float = 1.0
+    min_length: int | None = None
+    digits: int = 4
+    keys: int = 4
+    queries: int = 2
+    hops: int = 4
+    copy_random: float = 0.5
+    templates: str = "train"
+
+
+@dataclass
+class DataConfig:
+    """Everything about data in a recipe.
+
+    tokenizer: a ``tokenizer.json`` or the folder that holds it. mix: the default mix; mixes: named mixes that a stage
+    can choose. held_out: text or JSONL file for perplexity, never trained on. lanes: number of lanes N, constant for
+    the run. prefetch: batches that the reader process prepares ahead; 0 reads inside the training process.
+    """
+
+    tokenizer: str = "???"
+    mix: list[MixEntry] = field(default_factory=list)
+    mixes: dict[str, list[MixEntry]] = field(default_factory=dict)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    held_out: str | None = None
+    lanes: int = 8
+    prefetch: int = 2
