@@ -36,6 +36,8 @@ _BLOCK_BYTES = 32 << 20
 _KEPT_BYTES = 768 << 20
 # Dense over chunks wins while the chunks in reach are at most this many times the selected ones (measured on CPU).
 _DENSE_REACH = 16
+# Width of the dense form's panels, in chunks (8 to 32 measure alike; a softmax of 16 lanes fills the vector units).
+_PANEL_CHUNKS = 16
 
 
 def hsa_attention(
@@ -82,29 +84,19 @@ def hsa_attention(
     recompute = 3 * row_bytes * length > _KEPT_BYTES
     parts = []
     if dense:
+        # Panels of a fixed grid of chunks, skipped where no token of the block chose any: the bits of a token's output
+        # do not depend on what other tokens choose, so causality holds to the last bit.
+        panel = _PANEL_CHUNKS
         kh, vh = ks.transpose(1, 2), vs.transpose(1, 2)  # (B, Hkv, Lk, D)
         for start in range(0, length, block):
             stop = min(start + block, length)
-            ids = idx[:, start:stop]
-            last = int(ids.max()) + 1
-            if last <= 0:
-                parts.append((qs[:, start:stop] * 0.0).reshape(batch, stop - start, heads_q, dim))
-                continue
-            first = int(ids.masked_fill(ids < 0, last).min())
-            keys = slice(first * chunk_size, last * chunk_size)
-            parts.append(
-                _run(
-                    recompute,
-                    _dense_block,
-                    qs[:, start:stop],
-                    kh[:, :, keys],
-                    vh[:, :, keys],
-                    ws[:, start:stop],
-                    torch.where(ids < 0, ids, ids - first),
-                    chunk_size,
-                    scale,
-                )
-            )
+            qb, wide = qs[:, start:stop], _scatter_weights(ws[:, start:stop], idx[:, start:stop], chunks)
+            total = torch.zeros((), dtype=dtype, device=q.device)
+            for first in _used_panels(idx[:, start:stop], chunks, panel):
+                keys = slice(first * chunk_size, (first + panel) * chunk_size)
+                args = (qb, kh[:, :, keys], vh[:, :, keys], wide[..., first : first + panel], chunk_size, scale)
+                total = total + _run(recompute, _dense_block, *args)
+            parts.append(total if total.dim() else (qb * 0.0).reshape(batch, stop - start, heads_q, dim))
     else:
         # Rows of one table, one per (batch, head, chunk), with a zero row for -1; F.embedding has a deterministic
         # backward on CPU at any number of threads, which index_put does not.
@@ -136,20 +128,30 @@ def _run(recompute: bool, fn: Callable[..., Tensor], *args: object) -> Tensor:
     return fn(*args)
 
 
-def _dense_block(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_size: int, scale: float) -> Tensor:
-    """q (B, T, Hkv, R, D) against all of k, v (B, Hkv, c*S, D); the selection is a scattered weight per chunk."""
+def _scatter_weights(w: Tensor, idx: Tensor, chunks: int) -> Tensor:
+    """(B, T, Hkv, C): every chunk's weight, 0 where it was not chosen; repeated ids add up."""
+    wide = w.new_zeros(*w.shape[:3], chunks + 1)  # -1 goes to one extra column that is cut off
+    return wide.scatter_add(-1, torch.where(idx < 0, chunks, idx), w)[..., :chunks]
+
+
+def _used_panels(idx: Tensor, chunks: int, panel: int) -> list[int]:
+    """First chunks of the panels that hold at least one chosen chunk, ascending."""
+    hit = torch.zeros(chunks // panel + 2, dtype=torch.bool, device=idx.device)
+    hit[torch.where(idx < 0, hit.numel() - 1, idx // panel).flatten()] = True
+    return [i * panel for i, used in enumerate(hit[:-1].tolist()) if used]
+
+
+def _dense_block(q: Tensor, k: Tensor, v: Tensor, w: Tensor, chunk_size: int, scale: float) -> Tensor:
+    """q (B, T, Hkv, R, D) against all of k, v (B, Hkv, c*S, D), each chunk counted by w (B, T, Hkv, c)."""
     batch, tokens, heads_kv, ratio, dim = q.shape
-    chunks = k.shape[2] // chunk_size
+    chunks = w.shape[-1]
     rows = ratio * tokens
     qh = q.permute(0, 2, 3, 1, 4).reshape(batch, heads_kv, rows, dim)
     # Keys go as (S, c), not (c, S): a softmax over an outer dimension is vectorised, one over 8 or 16 columns is not.
     k = k.reshape(batch, heads_kv, chunks, chunk_size, dim).transpose(2, 3).reshape(batch, heads_kv, -1, dim)
     v = v.reshape(batch, heads_kv, chunks, chunk_size, dim).transpose(2, 3).reshape(batch, heads_kv, -1, dim)
     scores = torch.matmul(qh * scale, k.transpose(-1, -2)).view(batch, heads_kv, ratio, tokens, chunk_size, chunks)
-    # -1 goes to one extra column that is cut off; repeated ids add up.
-    wide = w.new_zeros(batch, tokens, heads_kv, chunks + 1)
-    wide = wide.scatter_add(-1, torch.where(idx < 0, chunks, idx), w)[..., :chunks]
-    p = torch.softmax(scores, -2) * wide.permute(0, 2, 1, 3)[:, :, None, :, None, :]
+    p = torch.softmax(scores, -2) * w.permute(0, 2, 1, 3)[:, :, None, :, None, :]
     out = torch.matmul(p.view(batch, heads_kv, rows, chunk_size * chunks), v)
     out = out.view(batch, heads_kv, ratio, tokens, dim).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, tokens, heads_kv * ratio, dim)
@@ -412,7 +414,9 @@ def check_selection_shapes(
             f"select_chunks: q must be (B, L, Hr, Dr) and landmarks (B, C, Hr, Dr), got {q.shape}, {landmarks.shape}"
         )
     if top_k < 1 or chunk_size < 1 or query_offset < 0:
-        raise ValueError(f"select_chunks: top_k {top_k}, chunk_size {chunk_size} >= 1, query_offset {query_offset} >= 0")
+        raise ValueError(
+            f"select_chunks: top_k {top_k}, chunk_size {chunk_size} >= 1, query_offset {query_offset} >= 0"
+        )
     if documents is not None and (documents.dim() != 2 or documents.shape[1] < query_offset + q.shape[1]):
         raise ValueError(
             f"select_chunks: documents {tuple(documents.shape)} must be (B, Lkey) and reach the last query position "
