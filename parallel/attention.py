@@ -129,8 +129,6 @@ class HierarchicalSparseAttention(MegatronModule):
         """
         model = self.model
         length, batch = hidden_states.shape[:2]
-        if memory.chunks == 0:
-            return torch.zeros_like(hidden_states)
         q = self.q_layernorm(self.linear_q(hidden_states)[0].view(length, batch, -1, model.head_dim))
         retrieval = self.linear_retrieval(hidden_states)[0].view(length, batch, model.retrieval_heads, -1)
         # Scores decide which chunks are read at all, so they are computed in fp32 whatever the precision of the run.

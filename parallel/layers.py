@@ -111,8 +111,7 @@ class DecoderLayer(TransformerLayer):
             )
             hidden_states = hidden_states + attended
         mlp_input = hidden_states
-        if self.has_hsa:
-            assert memory is not None, "an HSA layer needs the context memory"
+        if self.has_hsa and memory is not None:  # None: no chunk is complete yet, HSA contributes 0
             mlp_input = hidden_states + self.hsa_attention(
                 self.hsa_layernorm(hidden_states), memory, documents=documents, query_offset=query_offset
             )
