@@ -1,4 +1,4 @@
-"""How the model is laid out over ranks: Megatron-core, its repairs, the mesh, the optimizers, the distributed checkpoint.
+"""How the model is laid out over ranks: Megatron-core and its repairs, the mesh, optimizers, distributed checkpoint.
 
     errors.py      what the user can mend: TopologyError, CheckpointError
     optional.py    apex, Transformer Engine, DeepSpeed: found without importing them

@@ -4,19 +4,21 @@ Everything else of the project imports Megatron names from here and never from `
 import, in this order:
 
 1. Megatron's own probes are kept honest: an unrelated package called ``apex`` is hidden from them.
-2. Megatron is imported. Without CUDA its ``torch.compile`` decorators are made no-ops (they would build C++ on first use).
+2. Megatron is imported; without CUDA its ``torch.compile`` decorators are no-ops (they would build C++ at first use).
 3. Repairs are made that hold on every machine, then, only where CUDA is not available, the CPU shim is installed.
 
 The CPU shim
 ------------
-Megatron writes ``torch.cuda.current_device()``, ``device="cuda"``, streams and CUDA random states into its code. Instead of
-patching torch for the whole process (which breaks ``torch.device("meta")``, tracing and other libraries), each Megatron
-module gets, under its global name ``torch``, a stand-in that is torch in everything but the device: see ``_CpuTorch``. Only
-three methods of ``torch.Tensor`` (``cuda``, ``pin_memory``, ``type``) are changed for everyone, and only on machines on
-which the first two could do nothing but raise. On CPU the "CUDA generator" is the CPU generator.
+Megatron writes ``torch.cuda.current_device()``, ``device="cuda"``, streams and CUDA random states into its code. Rather
+than patching torch for the whole process (which breaks ``torch.device("meta")``, tracing and other libraries), each
+Megatron module gets, under its global name ``torch``, a stand-in that is torch in everything but the device: see
+``_CpuTorch``. Only three methods of ``torch.Tensor`` (``cuda``, ``pin_memory``, ``type``) are changed for everyone, and
+only on machines on which the first two could do nothing but raise. On CPU the "CUDA generator" is the CPU generator.
 
 The shim never runs where ``torch.cuda.is_available()``; there Megatron is used as it is.
 """
+
+# ruff: noqa: E402, F401  (imports come after the shim, and are there for others)
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ import logging
 import sys
 import types
 import warnings
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -221,10 +224,10 @@ class _CpuCuda(types.ModuleType):
 class _CpuTorch(types.ModuleType):
     """``torch`` as Megatron's modules see it without CUDA: the device is the CPU wherever they say "cuda"."""
 
-    FACTORIES = (
-        "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand randint randn "
-        "tensor zeros zeros_like"
-    ).split()
+    # fmt: off
+    FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones",
+                 "ones_like", "rand", "randint", "randn", "tensor", "zeros", "zeros_like")
+    # fmt: on
 
     def __init__(self) -> None:
         super().__init__("torch", "torch with the CPU in the place of CUDA (parallel.compat)")
@@ -337,53 +340,53 @@ HAVE_TRANSFORMER_ENGINE: bool = find_transformer_engine().usable
 # What the project uses of Megatron
 # ---------------------------------------------------------------------------------------------------------------------
 
-from megatron.core import (  # noqa: E402
+from megatron.core import (
     dist_checkpointing,
     parallel_state,
     tensor_parallel,
 )
-from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.distributed import (  # noqa: E402
+from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding  # noqa: E402
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb  # noqa: E402
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
-from megatron.core.models.common.language_module.language_module import LanguageModule  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.num_microbatches_calculator import (  # noqa: E402
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     get_num_microbatches,
     init_num_microbatches_calculator,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.optimizer.clip_grads import (  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import (
     clip_grad_by_total_norm_fp32,
     count_zeros_fp32,
     get_grad_norm_fp32,
 )
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
-from megatron.core.optimizer.optimizer import (  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,
     Float16OptimizerWithFloat16Params,
     FP32Optimizer,
     MegatronOptimizer,
 )
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import (  # noqa: E402
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -392,7 +395,7 @@ from megatron.core.tensor_parallel import (  # noqa: E402
     model_parallel_cuda_manual_seed,
     vocab_parallel_cross_entropy,
 )
-from megatron.core.tensor_parallel.mappings import (  # noqa: E402
+from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -401,37 +404,37 @@ from megatron.core.tensor_parallel.mappings import (  # noqa: E402
     scatter_to_sequence_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput  # noqa: E402
-from megatron.core.timers import Timers  # noqa: E402
-from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig, build_module  # noqa: E402
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
-from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
-from megatron.core.transformer.enums import AttnMaskType, LayerType  # noqa: E402
-from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp  # noqa: E402
-from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
-from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules  # noqa: E402
-from megatron.core.transformer.moe.moe_utils import (  # noqa: E402
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.timers import Timers
+from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig, build_module
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import (
     clear_aux_losses_tracker,
     get_updated_expert_bias,
 )
-from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP  # noqa: E402
-from megatron.core.transformer.transformer_block import (  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import (  # noqa: E402
+from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
-from megatron.core.transformer.utils import (  # noqa: E402
+from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
-from megatron.core.utils import (  # noqa: E402
+from megatron.core.utils import (
     get_model_config,
     init_method_normal,
     make_tp_sharded_tensor_for_checkpoint,

@@ -1,7 +1,7 @@
 """Which optional accelerators are installed, found out without importing them.
 
-Importing Transformer Engine or DeepSpeed takes seconds and may initialise CUDA, and the name ``apex`` on PyPI belongs to
-an unrelated web toolkit that must never be mistaken for NVIDIA's apex. So everything here looks at files only.
+Importing Transformer Engine or DeepSpeed takes seconds and may initialise CUDA, and the name ``apex`` on PyPI belongs
+to an unrelated web toolkit that must never be mistaken for NVIDIA's apex. So everything here looks at files only.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def describe() -> list[str]:
         lines.append(f"apex {apex.version}: NVIDIA's, fused AdamW{note}")
     elif apex.state == "foreign":
         lines.append(
-            f"apex: {apex.location} is not NVIDIA's apex but an unrelated package of that name; ignored, torch AdamW is used"
+            f"apex: {apex.location} is not NVIDIA's apex but an unrelated package of that name: "
+            "ignored, torch AdamW is used"
         )
     else:
         lines.append("apex: not installed: torch AdamW is used")
@@ -102,7 +103,8 @@ def describe() -> list[str]:
         lines.append(f"transformer_engine: {engine.location} has no PyTorch part; ignored, torch kernels are used")
     else:
         lines.append("transformer_engine: not installed: torch kernels are used")
-    lines.append(
-        f"deepspeed {deepspeed.version}: installed" if deepspeed.usable else "deepspeed: not installed: nothing needs it"
-    )
+    if deepspeed.usable:
+        lines.append(f"deepspeed {deepspeed.version}: installed")
+    else:
+        lines.append("deepspeed: not installed: nothing needs it")
     return lines
