@@ -1,0 +1,291 @@
+"""``hsa eval niah | ruler | ppl``: measure a checkpoint, print a table, leave JSON and pictures in RUN/eval."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import RecipeError, RunDirError
+from pretrain.evaluation.units import parse_lengths
+
+EXAMPLES = {
+    "niah": "hsa eval niah runs/demo --lengths 1x,4x,16x,64x --depths 5 --samples 20\n"
+    "  hsa eval niah runs/demo --lengths 1x --distance 8w --samples 100",
+    "ruler": "hsa eval ruler runs/demo --lengths 4k,64k --tasks niah_multiquery,variable_tracking",
+    "ppl": "hsa eval ppl runs/demo --lengths 1x,4x data.held_out=novel.txt",
+}
+_HELP = {
+    "niah": "Needle in a haystack: one fact in held-out text, by depth and length.",
+    "ruler": "Many keys, 2 of 6 needles, variable tracking and copy, by length.",
+    "ppl": "Perplexity of held-out text by position, beside a unigram model.",
+}
+_DEFAULT_LENGTHS = {"niah": "1x,4x,16x,64x", "ruler": "1x,4x,16x", "ppl": "1x,4x"}
+_LENGTH_HELP = "comma-separated tokens: 4096, 4k, 16m (binary), 4x (training contexts)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the three evaluations to the parser of ``hsa eval``."""
+    kinds = parser.add_subparsers(dest="evaluation", required=True, metavar="{niah,ruler,ppl}")
+    for kind, help_ in _HELP.items():
+        one = kinds.add_parser(
+            kind,
+            help=help_,
+            description=help_,
+            epilog=f"example:\n  {EXAMPLES[kind]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_model_arguments(one)
+        default = _DEFAULT_LENGTHS[kind]
+        one.add_argument("--lengths", default=default, metavar="L,L", help=f"{_LENGTH_HELP} (default {default})")
+        one.add_argument("--batch", type=int, default=16, metavar="N", help="samples at a time, at most (default 16)")
+        one.add_argument("--out", metavar="DIR", help="folder for JSON and pictures (default: RUN/eval)")
+        one.add_argument("--name", default=kind, help=f"name of the files in it (default {kind})")
+        one.add_argument("--json", metavar="FILE", help="write the JSON here instead")
+        if kind == "ppl":
+            one.add_argument("--samples", type=int, metavar="N", help="sequences per length (default: all that fit)")
+            continue
+        one.add_argument("--samples", type=int, default=20, metavar="N", help="questions per cell (default 20)")
+        one.add_argument("--seed", type=int, default=0, help="another seed asks other questions (default 0)")
+        one.add_argument(
+            "--templates",
+            choices=("train", "eval"),
+            default="train",
+            help="wording of needles and questions: as in training, or one never trained on (default train)",
+        )
+        if kind == "niah":
+            one.add_argument("--depths", type=int, default=5, metavar="N", help="even steps from 0 to 1 (default 5)")
+            one.add_argument(
+                "--distance",
+                metavar="D,D",
+                help="instead of depths: tokens between needle and question, such as 512 or 8w (sliding windows)",
+            )
+        else:
+            one.add_argument("--tasks", metavar="T,T", help="comma-separated (default: all)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, where and how it reads a prompt: shared by ``hsa eval`` and ``hsa generate``."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory (its latest) or one step directory")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values to change")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: CUDA where it is")
+    parser.add_argument("--top-k", metavar="K", help="chunks per token, or full (default: the last stage's)")
+    parser.add_argument(
+        "--full-prefill",
+        action="store_true",
+        help="run the upper decoder over the whole prompt (slower, for comparison; the result is the same)",
+    )
+
+
+@dataclass
+class Loaded:
+    """A model ready to be asked, and what a report says about it."""
+
+    model: Any  # pretrain.model_io.LoadedModel
+    engine: Any
+    context: int | None  # longest training context so far, tokens
+    window: int | None  # sliding window of the checkpoint's stage, tokens
+    run_dir: Path | None
+    settings: dict[str, Any]  # what was asked of the engine
+
+    @property
+    def title(self) -> str:
+        """Name, step and stage, for titles."""
+        return f"{self.model.recipe.name} · step {self.model.step:,} ({_stage_name(self.model.stage)})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The head of a result file."""
+        return {
+            "name": self.model.recipe.name,
+            "step": self.model.step,
+            "stage": _stage_name(self.model.stage),
+            "run_dir": str(self.run_dir) if self.run_dir else None,
+            "training_context": self.context,
+            "window": self.window,
+            "settings": self.settings,
+        }
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """Load the checkpoint of ``args`` and make its engine.
+
+    Raises RunDirError when there is no such checkpoint, RecipeError for a bad ``--top-k``, and what loading raises.
+    """
+    checkpoint = Path(args.checkpoint)
+    if not checkpoint.is_dir():
+        what = "is a file" if checkpoint.exists() else "does not exist"
+        raise RunDirError(f"no checkpoint: {checkpoint} {what}; give a run directory or one of its step directories")
+    options: dict[str, Any] = {}
+    if args.top_k is not None:
+        options["top_k"] = _top_k(args.top_k)
+    if args.full_prefill:
+        options["full_prefill"] = True
+    from pretrain.model_io import load_for_inference
+
+    loaded = load_for_inference(checkpoint, device=args.device, overrides=tuple(args.overrides))
+    stages = list(loaded.recipe.stages)
+    names = [stage.name for stage in stages]
+    stage = _stage_name(loaded.stage)
+    done = stages[: names.index(stage) + 1] if stage in names else stages
+    return Loaded(
+        model=loaded,
+        engine=loaded.engine_factory(**options),
+        context=max((int(stage.context) for stage in done), default=None),
+        window=int(done[-1].window) if done else None,
+        run_dir=run_dir_of(checkpoint),
+        settings=options,
+    )
+
+
+def run_dir_of(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint path is, or lies in; None for a step directory on its own."""
+    path = checkpoint.resolve()
+    if (path / "checkpoints").is_dir():
+        return path
+    return path.parent.parent if path.parent.name == "checkpoints" else None
+
+
+def _stage_name(stage: Any) -> str:
+    return str(getattr(stage, "name", stage))
+
+
+def _top_k(text: str) -> int | None:
+    if text == "full":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise RecipeError(f"--top-k is {text!r}: write a number of chunks of at least 1, or full")
+    return int(text)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run one evaluation; RecipeError, RunDirError and DataError for what the user can repair."""
+    for name in ("samples", "batch", "depths"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise RecipeError(f"--{name} is {value}: it must be at least 1")
+    for part in (args.lengths, getattr(args, "distance", None)):
+        if part:  # a typing mistake is found before the model is loaded
+            parse_lengths(part, context=1, window=1)
+    if args.evaluation == "ruler":
+        from pretrain.evaluation.ruler import parse_tasks
+
+        parse_tasks(args.tasks)
+    loaded = load(args)
+    folder = Path(args.out) if args.out else (loaded.run_dir or Path.cwd()) / "eval"
+    lengths = parse_lengths(args.lengths, context=loaded.context, window=loaded.window)
+    began = time.perf_counter()
+    result, table, draw = _EVALUATIONS[args.evaluation](args, loaded, lengths)
+
+    from pretrain.evaluation.report import log_pictures, save_json
+
+    picture = draw(folder / f"{args.name}.png")
+    value = {
+        "evaluation": args.evaluation,
+        "model": loaded.to_json(),
+        "seconds": round(time.perf_counter() - began, 3),
+        **result,
+    }
+    path = save_json(value, Path(args.json) if args.json else folder / f"{args.name}.json")
+    print(f"{loaded.title}\n{table}\n{path}\n{picture}", flush=True)
+    if loaded.run_dir is not None:
+        log_pictures(loaded.run_dir, [picture], _say)
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def task_options(data: Any) -> dict[str, float]:
+    """How synthetic samples of a recipe's data section look: the options of `build_sample`."""
+    return {name: getattr(data.synthetic, name) for name in ("digits", "keys", "queries", "hops", "copy_random")}
+
+
+_Outcome = tuple[dict[str, Any], str, Callable[[Path], Path]]  # JSON, table, function that draws the picture
+
+
+def _niah(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outcome:
+    from pretrain.evaluation import plots, report
+    from pretrain.evaluation.heldout import load_held_out
+    from pretrain.evaluation.niah import run_niah
+
+    data = loaded.model.recipe.data
+    result = run_niah(
+        loaded.engine,
+        loaded.model.tokenizer,
+        load_held_out(data.held_out, loaded.model.tokenizer),
+        lengths=lengths,
+        depths=args.depths,
+        distances=parse_lengths(args.distance, context=loaded.context, window=loaded.window) if args.distance else (),
+        samples=args.samples,
+        seed=args.seed,
+        templates=args.templates,
+        options=task_options(data),
+        batch=args.batch,
+        progress=_say,
+    )
+    return (
+        result.to_json(),
+        report.niah_table(result),
+        lambda path: plots.needle_map(result, path, model=loaded.title, training_context=loaded.context),
+    )
+
+
+def _ruler(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outcome:
+    from pretrain.evaluation import plots, report
+    from pretrain.evaluation.heldout import load_held_out
+    from pretrain.evaluation.ruler import parse_tasks, run_ruler
+
+    data = loaded.model.recipe.data
+    result = run_ruler(
+        loaded.engine,
+        loaded.model.tokenizer,
+        load_held_out(data.held_out, loaded.model.tokenizer),
+        tasks=parse_tasks(args.tasks),
+        lengths=lengths,
+        samples=args.samples,
+        seed=args.seed,
+        templates=args.templates,
+        options=task_options(data),
+        batch=args.batch,
+        progress=_say,
+    )
+    return (
+        result.to_json(),
+        report.ruler_table(result),
+        lambda path: plots.accuracy_by_length(result.tasks, path, model=loaded.title, training_context=loaded.context),
+    )
+
+
+def _ppl(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outcome:
+    from pretrain.evaluation import plots, report
+    from pretrain.evaluation.heldout import load_held_out, unigram_counts
+    from pretrain.evaluation.ppl import run_ppl
+
+    data, tokenizer = loaded.model.recipe.data, loaded.model.tokenizer
+    text = load_held_out(data.held_out, tokenizer)
+    try:
+        counts = unigram_counts(data.mix, tokenizer.vocab_size)
+    except (ValueError, OSError) as error:  # the checkpoint may have travelled without its training data
+        _say(f"warning: no unigram baseline, the training shards cannot be read: {error}")
+        counts = None
+    result = run_ppl(
+        loaded.engine,
+        tokenizer,
+        text,
+        contexts=lengths,
+        sequences=args.samples,
+        unigram_counts=counts,
+        batch=args.batch,
+        progress=_say,
+    )
+    return (
+        result.to_json(),
+        report.ppl_table(result),
+        lambda path: plots.perplexity_by_position(result, path, model=loaded.title, training_context=loaded.context),
+    )
+
+
+_EVALUATIONS = {"niah": _niah, "ruler": _ruler, "ppl": _ppl}

@@ -1,0 +1,126 @@
+"""Results as tables for people, JSON files for programs, and pictures in the tracking store."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pretrain.evaluation.ppl import PplResult
+from pretrain.evaluation.retrieval import TaskResult
+from pretrain.evaluation.ruler import RulerResult
+from pretrain.evaluation.tally import Tally
+from pretrain.evaluation.units import format_length
+from pretrain.run_dir import read_json, write_json
+
+
+def niah_table(result: TaskResult) -> str:
+    """Accuracy in %, one row per depth (or distance), one column per length; last rows: all, with the 95 % interval."""
+    by_depth = bool(result.depths)
+    cells = {(cell.depth if by_depth else cell.distance, cell.length): cell.tally for cell in result.cells}
+    rows = [["depth" if by_depth else "distance", *map(format_length, result.lengths)]]
+    for place in dict.fromkeys(place for place, _ in cells):
+        name = f"{100 * place:.0f} %" if by_depth and place is not None else format_length(int(place or 0))
+        rows.append([name, *(_percent(cells[place, length]) for length in result.lengths)])
+    totals = result.by_length()
+    if len(rows) > 2:
+        rows.append(["all", *map(_percent, totals.values())])
+    rows.append(["95 %", *map(_interval, totals.values())])
+    head = f"{result.task}: exact answers in %, n = {result.samples} per cell, {result.templates} wording"
+    return _table(rows, head, _repeats(result))
+
+
+def ruler_table(result: RulerResult) -> str:
+    """Accuracy in %, one row per task, one column per length, with 95 % intervals."""
+    results = list(result.tasks.values())
+    rows = [["task", *map(format_length, results[0].lengths)]]
+    for task in results:
+        rows.append([task.task, *(f"{_percent(t)} {_interval(t)}" for t in task.by_length().values())])
+    head = f"exact answers in %, n = {results[0].samples} per cell, {results[0].templates} wording"
+    return _table(rows, head, _repeats(results[0]))
+
+
+def ppl_table(result: PplResult) -> str:
+    """Perplexity with its 95 % interval and bits per byte, one row per context, beside the unigram model's."""
+    rows = [["context", "sequences", "nats/token", "perplexity", "95 %", "bits/byte", "last quarter"]]
+    for item in result.contexts:
+        mean = item.overall
+        spread = "" if math.isnan(mean.low) else f"{math.exp(mean.low):.2f}-{math.exp(mean.high):.2f}"
+        late = [bucket.mean for bucket in item.buckets if bucket.start >= item.context // 2]
+        tail = math.exp(sum(m.nll * m.n for m in late) / sum(m.n for m in late)) if late else mean.perplexity
+        rows.append(
+            [
+                format_length(item.context),
+                str(item.sequences),
+                f"{mean.nll:.4f}",
+                f"{mean.perplexity:.2f}",
+                spread,
+                f"{item.bits_per_byte:.3f}",
+                f"{tail:.2f}",
+            ]
+        )
+    notes = [f"left out {format_length(context)}: {why}" for context, why in result.left_out.items()]
+    if result.unigram_nll is not None:
+        notes.insert(
+            0, f"unigram model: {result.unigram_nll:.4f} nats/token, perplexity {math.exp(result.unigram_nll):.1f}"
+        )
+    return _table(rows, f"held-out text of {result.text_tokens} tokens", *notes)
+
+
+def _percent(tally: Tally) -> str:
+    return f"{100 * tally.accuracy:.1f}"
+
+
+def _interval(tally: Tally) -> str:
+    low, high = tally.interval
+    return f"[{100 * low:.0f}-{100 * high:.0f}]"
+
+
+def _repeats(result: TaskResult) -> str:
+    tiled = [length for length in result.lengths if length > result.haystack_tokens]
+    if not tiled:
+        return ""
+    return (
+        f"held-out text has {result.haystack_tokens} tokens and was repeated at {', '.join(map(format_length, tiled))}"
+    )
+
+
+def _table(rows: Sequence[Sequence[str]], head: str, *notes: str) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([head, *lines, *(note for note in notes if note)])
+
+
+def save_json(value: dict, path: Path) -> Path:
+    """Write a result, whole or not at all; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
+    return path
+
+
+def log_pictures(run_dir: Path, pictures: Sequence[Path], say: Callable[[str], None]) -> bool:
+    """Send pictures to the run's MLflow store as artifacts under ``eval``; whether they arrived.
+
+    A run that is not tracked is left alone. A store that is away, moved or broken costs one warning, never the
+    evaluation.
+    """
+    run_file = run_dir / "run.json"
+    if not run_file.is_file():
+        return False
+    try:
+        run = read_json(run_file)
+        ids = run.get("mlflow") or {}
+        if not ids.get("run_id"):
+            return False
+        from pretrain.mlflow_store import Store, sqlite_path
+
+        database = sqlite_path(ids["uri"])
+        if database is not None and not database.exists():  # connecting would make an empty store in its place
+            raise FileNotFoundError(f"{database} is not there")
+        store = Store(ids["uri"], ids["experiment"], run["run_id"])
+        store.connect()
+        for picture in pictures:
+            store.send_file(ids["run_id"], picture, "eval")
+    except Exception as error:  # whatever the store, its driver or the network raise: the results are on disk already
+        reason = (str(error).splitlines() or [""])[0]
+        say(f"warning: pictures were not logged to the tracking store ({type(error).__name__}: {reason})"[:300])
+        return False
+    return True
