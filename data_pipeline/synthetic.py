@@ -22,6 +22,10 @@ from data_pipeline.words import QUALITIES, WORDS
 _SNAP = 48  # a needle moves by at most this many tokens to follow the end of a sentence
 
 
+class SampleTooShort(DataError):
+    """The sample's length cannot hold the task."""
+
+
 @dataclass(frozen=True)
 class _Wording:
     """One wording: the needle, its question for one key and the question for several."""
@@ -127,7 +131,8 @@ def build_sample(
     of it. templates: "train" or "eval". keys, queries, hops, copy_random: see
     :class:`~data_pipeline.config.SyntheticConfig`.
 
-    Raises DataError for an unknown task or wording and for a ``length`` too short to hold the task.
+    Raises DataError for an unknown task or wording, and its subclass SampleTooShort, before the haystack is asked for
+    anything, for a ``length`` too short to hold the task.
     """
     if task not in TASKS:
         raise DataError(f"unknown synthetic task {task!r}; choose from {', '.join(TASKS)}")
@@ -147,16 +152,15 @@ def build_sample(
         asked = queries if task == "niah_multiquery" else 1
         count = 1 if task == "niah_single" else max(keys, asked)
         needles, question, answer = _numbers(rng, templates, digits, count, asked)
+    question_ids, answer_ids = _encode(tokenizer, question), _encode(tokenizer, answer)
     pieces = [
         tokenizer.encode_cached(needle) if len(needles) < 64 else _encode(tokenizer, needle) for needle in needles
     ]
-    tail = np.concatenate([_encode(tokenizer, question), _encode(tokenizer, answer), [tokenizer.eos_id]]).astype(
-        np.int32
-    )
-    answer_length = len(tail) - len(_encode(tokenizer, question))
+    tail = np.concatenate([question_ids, answer_ids, [tokenizer.eos_id]]).astype(np.int32)
+    answer_length = len(answer_ids) + 1
     room = length - len(tail) - sum(map(len, pieces))
     if room < 0:
-        raise DataError(
+        raise SampleTooShort(
             f"{task} needs at least {length - room} tokens and the sample has {length}; use a longer context, fewer "
             "keys or hops, or leave the task out"
         )
@@ -164,8 +168,10 @@ def build_sample(
     if text.shape != (room,):
         raise ValueError(f"haystack({room}) returned shape {text.shape}")
     if task == "variable_tracking":
-        start = rng.random() * 0.5 if depth is None else depth
-        depths = np.linspace(start, 1.0, len(pieces), endpoint=False) if depth != 1.0 else np.ones(len(pieces))
+        if depth is None:
+            depths = np.sort(rng.random(len(pieces)))
+        else:
+            depths = depth + (1.0 - depth) * np.arange(len(pieces)) / len(pieces)
     else:
         depths = rng.random(len(pieces))
         if depth is not None:

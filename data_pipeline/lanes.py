@@ -1,0 +1,500 @@
+"""Lanes: one global order of batches, whatever the number of readers.
+
+The stream is N lanes. Lane l owns, in every domain, the positions l, l + N, l + 2N, ... of the endless row "seeded
+permutation of epoch 0, of epoch 1, ...": each document of an epoch belongs to one lane, and small domains still serve
+every lane. Where a sequence ends the document does not: its cursor (document, offset) stays and the rest follows when
+the domain is drawn again, so nothing is lost at any context. The domain of the next piece is the one that is furthest
+behind its share of tokens. A lane's state is these few integers; a stage with another context, and a job with another
+number of ranks, read on.
+
+Legend: L context, n tokens of a piece.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_pipeline.config import TASKS, DataConfig, MixEntry, SyntheticConfig
+from data_pipeline.errors import DataError
+from data_pipeline.permutation import permute, seed_key
+from data_pipeline.shards import ShardSet
+from data_pipeline.synthetic import SampleTooShort, SyntheticSample, build_sample
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from data_pipeline.batch import PackedBatch
+
+_AHEAD = 256  # positions permuted in one vectorised call
+
+
+class _Domain:
+    """A mix entry with its opened documents."""
+
+    def __init__(self, entry: MixEntry, shards: ShardSet, seed: int) -> None:
+        names = [d.name for d in shards.domains]
+        wanted = entry.domain or (names[0] if len(names) == 1 else entry.name)
+        found = shards.domain(wanted)
+        self.name, self.weight, self.shards = entry.name, float(entry.weight), shards
+        self.first, self.documents = found.first, found.documents
+        self.identity = f"{shards.fingerprint[:16]}:{found.name}"
+        self.key = seed_key(seed, "documents", entry.name)
+
+
+class _Cursor:
+    """Where a lane stands in a domain: ``document`` counts the lane's documents from the start of the run."""
+
+    def __init__(self, domain: _Domain, lane: int, lanes: int, document: int = 0, offset: int = 0) -> None:
+        self.domain, self.lane, self.lanes = domain, lane, lanes
+        self.document, self.offset = document, offset
+        self._block = -1
+        self._rows = np.empty(0, dtype=np.int64)
+        self._row = -1
+        self._length = 0
+        self._tokens: np.ndarray | None = None
+
+    def take(self, limit: int) -> tuple[np.ndarray, int]:
+        """The next 1..limit tokens of the current document, and the token after them (-1 at the document's end)."""
+        if self._row < 0:
+            self._enter()
+        start = self.offset
+        n = min(limit, self._length - start)
+        more = start + n < self._length
+        if self._tokens is not None:
+            tokens = self._tokens[start : start + n + more]
+        else:
+            tokens = self.domain.shards.read(self._row, start, n + more)
+        self.offset += n
+        if more:
+            return tokens[:-1], int(tokens[-1])
+        self.document, self.offset, self._row = self.document + 1, 0, -1
+        return tokens, -1
+
+    def _enter(self) -> None:
+        """Find the document of the current position, check it against its checksum and load it if it is small."""
+        shards = self.domain.shards
+        block = self.document // _AHEAD
+        if block != self._block:
+            steps = np.arange(block * _AHEAD, (block + 1) * _AHEAD, dtype=np.int64)
+            rows = permute(self.lane + steps * self.lanes, self.domain.documents, self.domain.key)
+            self._block, self._rows = block, rows + self.domain.first
+        row = int(self._rows[self.document % _AHEAD])
+        length = int(shards.index[row]["length"])
+        if self.offset >= length:
+            raise DataError(
+                f"the saved position in domain {self.domain.name} is behind the end of its document in {shards.path}; "
+                "restore the shards that the run was started with"
+            )
+        self._tokens = shards.document(row)
+        self._row, self._length = row, length
+
+
+class _Lane:
+    """One lane: its cursors, its mixing draw and its counters."""
+
+    def __init__(self, number: int, stream: BatchStream) -> None:
+        self.number, self._stream = number, stream
+        self.sequence = 0
+        self.samples = 0
+        self.cursors = [_Cursor(domain, number, stream.lanes) for domain in stream._domains]
+        self._others: dict[str, Any] = {}
+        self._draw_from_start()
+        key = seed_key(stream.seed, "rate", number)
+        self._phase = key / 2.0**64
+
+    def _draw_from_start(self) -> None:
+        """A new mix: random phases of up to one sequence, so that lanes do not draw the same domain in step."""
+        rng = np.random.default_rng(seed_key(self._stream.seed, "mix", self._stream._mix_id, self.number))
+        self.spent = [int(u * self._stream.context) for u in rng.random(len(self.cursors))]
+
+    def state(self) -> dict[str, Any]:
+        domains = dict(self._others)
+        for cursor in self.cursors:
+            domains[cursor.domain.name] = {
+                "data": cursor.domain.identity,
+                "document": cursor.document,
+                "offset": cursor.offset,
+            }
+        return {
+            "seed": self._stream.seed,
+            "lanes": self._stream.lanes,
+            "sequence": self.sequence,
+            "samples": self.samples,
+            "domains": domains,
+            "mix": {"id": self._stream._mix_id, "spent": list(self.spent)},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        stream = self._stream
+        for name, value in (("seed", stream.seed), ("lanes", stream.lanes)):
+            if state[name] != value:
+                raise DataError(
+                    f"the saved data position was made with {name} {state[name]}, the run has {value}; "
+                    f"{name} must stay the same for the whole run"
+                )
+        self.sequence, self.samples = int(state["sequence"]), int(state["samples"])
+        self._others = copy.deepcopy(state["domains"])
+        for i, domain in enumerate(stream._domains):
+            saved = self._others.pop(domain.name, {"data": domain.identity, "document": 0, "offset": 0})
+            if saved["data"] != domain.identity:
+                raise DataError(
+                    f"domain {domain.name} in {domain.shards.path} is not the data of the saved position; restore the "
+                    "old shards, or give the mix entry another name to start it from the beginning"
+                )
+            self.cursors[i] = _Cursor(domain, self.number, stream.lanes, int(saved["document"]), int(saved["offset"]))
+        if state["mix"]["id"] == stream._mix_id:
+            self.spent = [int(s) for s in state["mix"]["spent"]]
+        else:
+            self._draw_from_start()
+
+    def take(self, limit: int) -> tuple[int, np.ndarray, int]:
+        """(domain, tokens, next token or -1) from the domain furthest behind its share of tokens."""
+        inverse = self._stream._inverse_weights
+        spent = self.spent
+        best, lowest = 0, math.inf
+        for i, inv in enumerate(inverse):
+            due = spent[i] * inv
+            if due < lowest:
+                best, lowest = i, due
+        tokens, after = self.cursors[best].take(limit)
+        spent[best] += len(tokens)
+        return best, tokens, after
+
+    def _haystack(self, n: int) -> np.ndarray:
+        out = np.empty(n, dtype=np.int32)
+        position = 0
+        while position < n:
+            _, tokens, _ = self.take(n - position)
+            out[position : position + len(tokens)] = tokens
+            position += len(tokens)
+        return out
+
+    def fill(self, out: dict[str, np.ndarray], row: int) -> None:
+        """Write the lane's next sequence into row ``row`` of the prefilled batch arrays."""
+        rate, i = self._stream.synthetic.rate, self.sequence
+        self.sequence += 1
+        if math.floor((i + 1) * rate + self._phase) > math.floor(i * rate + self._phase):
+            self._fill_synthetic(out, row)
+        else:
+            self._fill_text(out, row)
+
+    def _fill_text(self, out: dict[str, np.ndarray], row: int) -> None:
+        context, chunk = self._stream.context, self._stream.chunk_size
+        weight = self._stream.synthetic.text_weight
+        tokens, labels, weights, documents, domains = (out[k][row] for k in _ARRAYS)
+        position = number = 0
+        while position < context:
+            domain, piece, after = self.take(context - position)
+            end = position + len(piece)
+            stop = -(-end // chunk) * chunk
+            tokens[position:end] = piece
+            labels[position : end - 1] = piece[1:]
+            weights[position : end - 1] = weight
+            if after >= 0:
+                labels[end - 1] = after
+                weights[end - 1] = weight
+            documents[position:stop] = number
+            domains[position:stop] = domain
+            position, number = stop, number + 1
+
+    def _fill_synthetic(self, out: dict[str, np.ndarray], row: int) -> None:
+        stream = self._stream
+        options, context, chunk = stream.synthetic, stream.context, stream.chunk_size
+        tokens, labels, weights, documents, domains = (out[k][row] for k in _ARRAYS)
+        position = number = 0
+        while position < context:
+            rng = np.random.Generator(
+                np.random.Philox(key=[seed_key(stream.seed, "synthetic"), self.number], counter=[0, 0, 0, self.samples])
+            )
+            self.samples += 1
+            length = context - position
+            if options.min_length is not None:
+                low = -(-options.min_length // chunk)
+                drawn = chunk * math.floor(math.exp(rng.uniform(math.log(low), math.log(context // chunk + 1))))
+                if length - drawn >= low * chunk:
+                    length = drawn
+            sample = self._sample(rng, length)
+            end = position + length
+            tokens[position:end] = sample.tokens
+            labels[position : end - 1] = sample.tokens[1:]
+            answer = options.copy_weight if sample.kind == "copy" else options.answer_weight
+            weights[position : end - 1] = np.where(
+                sample.answer_mask[1:], answer, np.where(sample.text_mask[1:], options.text_weight, 0.0)
+            )
+            documents[position:end] = number
+            domains[position:end] = len(stream._domains) + TASKS.index(sample.kind)
+            position, number = end, number + 1
+
+    def _sample(self, rng: np.random.Generator, length: int) -> SyntheticSample:
+        stream = self._stream
+        for _ in range(100):  # a rare draw of long words may not fit a short sample: draw other words
+            task = stream._tasks[int(np.searchsorted(stream._task_edges, rng.random(), side="right"))]
+            try:
+                return build_sample(
+                    task,
+                    rng,
+                    stream.tokenizer,
+                    self._haystack,
+                    length,
+                    chunk_size=stream.chunk_size,
+                    **stream._task_options,
+                )
+            except SampleTooShort:
+                continue
+        raise DataError(
+            f"no synthetic task fits into {length} tokens; raise data.synthetic.min_length or the stage's context"
+        )
+
+
+_ARRAYS = ("tokens", "labels", "loss_weights", "documents", "domains")
+
+
+class BatchStream:
+    """The batches of some lanes. Made by :func:`open_stream`; ``domain_names`` names the ids in
+    ``PackedBatch.domains``."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        lanes: int,
+        lane_ids: Sequence[int],
+        batch: int,
+        context: int,
+        chunk_size: int,
+        seed: int,
+        mix: str | None = None,
+        synthetic: SyntheticConfig | dict[str, Any] | None = None,
+    ) -> None:
+        self._arguments = {
+            "data": data,
+            "lanes": lanes,
+            "lane_ids": list(lane_ids),
+            "batch": batch,
+            "context": context,
+            "chunk_size": chunk_size,
+            "seed": seed,
+            "mix": mix,
+            "synthetic": synthetic,
+        }
+        _check_sizes(lanes, lane_ids, batch, context, chunk_size)
+        self.lanes, self.seed, self.context, self.chunk_size = lanes, seed, context, chunk_size
+        self.lane_ids = sorted(lane_ids)
+        self.per_lane = batch // lanes
+        self.synthetic = _merge(data.synthetic, synthetic)
+        self.tokenizer: Tokenizer = load_tokenizer(data.tokenizer)
+        opened = _open_all(data, self.tokenizer)
+        entries = _entries(data, mix)
+        self._domains = [_Domain(entry, opened[entry.path], seed) for entry in entries]
+        self._inverse_weights = [1.0 / d.weight for d in self._domains]
+        self._mix_id = f"{seed_key(*[(d.name, d.weight, d.identity) for d in self._domains]):016x}"
+        self.domain_names = [d.name for d in self._domains] + list(TASKS)
+        self._prepare_synthetic()
+        self._lanes = [_Lane(number, self) for number in self.lane_ids]
+
+    def _prepare_synthetic(self) -> None:
+        """Check the options and make one sample of every task now, not in the middle of the run."""
+        options = self.synthetic
+        where = "data.synthetic"
+        if not 0.0 <= options.rate <= 1.0:
+            raise DataError(f"{where}.rate must be between 0 and 1, not {options.rate}")
+        unknown = sorted(set(options.tasks) - set(TASKS))
+        if unknown:
+            raise DataError(f"{where}.tasks: unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
+        shares = np.array([float(options.tasks.get(task, 0.0)) for task in TASKS])
+        if (shares < 0).any() or (options.rate > 0 and shares.sum() <= 0):
+            raise DataError(f"{where}.tasks: the frequencies must not be negative and not all be 0")
+        if options.min_length is not None and not 8 <= options.min_length <= self.context:
+            raise DataError(
+                f"{where}.min_length must be between 8 and the context {self.context}, not {options.min_length}"
+            )
+        self._tasks = [task for task, share in zip(TASKS, shares, strict=True) if share > 0]
+        self._task_edges = np.cumsum(shares[shares > 0] / max(shares.sum(), 1e-30))[:-1]
+        self._task_options = {
+            name: getattr(options, name) for name in ("templates", "digits", "keys", "queries", "hops", "copy_random")
+        }
+        if options.rate > 0:
+            shortest = -(-(options.min_length or self.context) // self.chunk_size) * self.chunk_size
+            rng = np.random.default_rng(0)
+            for task in self._tasks:
+                build_sample(
+                    task,
+                    rng,
+                    self.tokenizer,
+                    lambda n: np.zeros(n, dtype=np.int32),
+                    shortest,
+                    chunk_size=self.chunk_size,
+                    **self._task_options,
+                )
+
+    def next_arrays(self) -> dict[str, np.ndarray]:
+        """The next batch as NumPy arrays (see PackedBatch for names, shapes and dtypes)."""
+        shape = (len(self._lanes) * self.per_lane, self.context)
+        out = {
+            "tokens": np.full(shape, self.tokenizer.pad_id, dtype=np.int64),
+            "labels": np.zeros(shape, dtype=np.int64),
+            "loss_weights": np.zeros(shape, dtype=np.float32),
+            "documents": np.empty(shape, dtype=np.int32),
+            "domains": np.empty(shape, dtype=np.int16),
+        }
+        row = 0
+        for lane in self._lanes:
+            for _ in range(self.per_lane):
+                lane.fill(out, row)
+                row += 1
+        largest = int(out["tokens"].max())
+        if largest >= self.tokenizer.vocab_size:
+            raise DataError(
+                f"the shards hold the token {largest}, outside the vocabulary of {self.tokenizer.vocab_size}; "
+                "run `hsa data verify` on the folders of the mix"
+            )
+        return out
+
+    def next_batch(self) -> PackedBatch:
+        """The next batch of these lanes: (len(lane_ids) * batch / lanes, context), lanes in ascending order."""
+        from data_pipeline.batch import PackedBatch
+
+        return PackedBatch.from_arrays(self.next_arrays())
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """``{lane id: position after the last batch}``, JSON-able. Join the dicts of all ranks for a checkpoint."""
+        return {str(lane.number): lane.state() for lane in self._lanes}
+
+    def load_state_dict(self, state: dict[Any, dict[str, Any]]) -> None:
+        """Go to a position; ``state`` may hold more lanes than these. DataError when one is missing or of other
+        data."""
+        by_number = {int(number): value for number, value in state.items()}
+        for lane in self._lanes:
+            if lane.number not in by_number:
+                raise DataError(
+                    f"the saved data position has no lane {lane.number}; it was made with other lanes, and the number "
+                    "of lanes must stay the same for the whole run"
+                )
+            lane.load(by_number[lane.number])
+
+    def epochs(self, state: dict[str, dict[str, Any]] | None = None) -> dict[str, float]:
+        """Epochs of every domain finished at ``state`` (now), by the documents that these lanes have completed."""
+        state = self.state_dict() if state is None else state
+        result = {}
+        for domain in self._domains:
+            done = sum(lane["domains"][domain.name]["document"] for lane in state.values())
+            result[domain.name] = done * self.lanes / len(state) / domain.documents
+        return result
+
+    def close(self) -> None:
+        """Close the shards."""
+        for domain in self._domains:
+            domain.shards.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"arguments": self._arguments, "state": self.state_dict()}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__init__(**saved["arguments"])  # type: ignore[misc]
+        self.load_state_dict(saved["state"])
+
+
+def open_stream(
+    data: DataConfig,
+    *,
+    lanes: int,
+    lane_ids: Sequence[int],
+    batch: int,
+    context: int,
+    chunk_size: int,
+    seed: int,
+    mix: str | None = None,
+    synthetic: SyntheticConfig | dict[str, Any] | None = None,
+) -> BatchStream:
+    """Open the mix and check everything that can be checked without reading the shards.
+
+    data: a DataConfig, or the OmegaConf node of one. lanes: N. lane_ids: the lanes read here (rank r of R reads those
+    congruent to r). batch: GLOBAL batch in sequences, a multiple of N. context: tokens per sequence. mix: name in
+    ``data.mixes``; None is ``data.mix``. synthetic: replaces ``data.synthetic``, or some of its fields (a dict).
+
+    Raises DataError for impossible sizes, missing, truncated or foreign shards of ANY mix of the recipe, a tokenizer
+    that did not make the shards, and synthetic tasks that do not fit into the context.
+    """
+    if not isinstance(data, DataConfig):
+        from omegaconf import OmegaConf
+
+        data = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), data))  # type: ignore[assignment]
+    if synthetic is not None and not isinstance(synthetic, SyntheticConfig):
+        synthetic = {str(key): value for key, value in synthetic.items()}
+    return BatchStream(
+        data,
+        lanes=lanes,
+        lane_ids=lane_ids,
+        batch=batch,
+        context=context,
+        chunk_size=chunk_size,
+        seed=seed,
+        mix=mix,
+        synthetic=synthetic,
+    )
+
+
+def _check_sizes(lanes: int, lane_ids: Sequence[int], batch: int, context: int, chunk_size: int) -> None:
+    if lanes < 1 or batch < lanes or batch % lanes:
+        near = max(1, round(batch / max(lanes, 1))) * max(lanes, 1)
+        raise DataError(
+            f"a batch of {batch} sequences cannot be shared by {lanes} lanes; use a multiple of {lanes}, such as {near}"
+        )
+    if not lane_ids or len(set(lane_ids)) != len(lane_ids) or not all(0 <= i < lanes for i in lane_ids):
+        raise DataError(
+            f"lane ids {list(lane_ids)} are not different numbers below {lanes}; data.lanes must be a multiple of the "
+            "data-parallel size"
+        )
+    if context < chunk_size or context % chunk_size:
+        raise DataError(f"a context of {context} tokens is not a multiple of the chunk size {chunk_size}")
+
+
+def _merge(base: SyntheticConfig, change: SyntheticConfig | dict[str, Any] | None) -> SyntheticConfig:
+    if change is None:
+        return base
+    if isinstance(change, SyntheticConfig):
+        return change
+    known = {f.name for f in dataclasses.fields(SyntheticConfig)}
+    unknown = sorted(set(change) - known)
+    if unknown:
+        raise DataError(
+            f"unknown key {unknown[0]!r} in the stage's data.synthetic; choose from {', '.join(sorted(known))}"
+        )
+    return dataclasses.replace(base, **change)
+
+
+def _entries(data: DataConfig, mix: str | None) -> list[MixEntry]:
+    if mix is not None and mix not in data.mixes:
+        raise DataError(f"no mix {mix!r} in data.mixes; there are {', '.join(data.mixes) or 'none'}")
+    where = "data.mix" if mix is None else f"data.mixes.{mix}"
+    entries = list(data.mix if mix is None else data.mixes[mix])
+    names = [entry.name for entry in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{where} has two entries called {name!r}; names must differ")
+    for entry in entries:
+        if not (math.isfinite(entry.weight) and entry.weight >= 0):
+            raise DataError(f"{where}: the weight of {entry.name} must be a number >= 0, not {entry.weight}")
+    entries = [entry for entry in entries if entry.weight > 0]
+    if not entries:
+        raise DataError(f"{where} is empty; it needs at least one entry {{name, path, weight}} with a weight above 0")
+    return entries
+
+
+def _open_all(data: DataConfig, tokenizer: Tokenizer) -> dict[str, ShardSet]:
+    """Open every folder that any mix names (once each): a later stage must not fail on what can be seen now."""
+    opened: dict[str, ShardSet] = {}
+    for mix in [None, *data.mixes]:
+        if mix is None and not data.mix and data.mixes:
+            continue
+        for entry in _entries(data, mix):
+            if entry.path not in opened:
+                opened[entry.path] = ShardSet(entry.path)
+                opened[entry.path].check_tokenizer(tokenizer)
+            _Domain(entry, opened[entry.path], 0)
+    return opened
