@@ -18,6 +18,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from pretrain import metrics_log
+from pretrain.errors import RunDirError
 from pretrain.evaluation.ppl import PplResult
 from pretrain.evaluation.retrieval import TaskResult
 from pretrain.evaluation.tally import total
@@ -327,3 +329,20 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     width = max(1, values.size // 25) | 1
     kernel = np.ones(width)
     return np.convolve(values, kernel, mode="same") / np.convolve(np.ones_like(values), kernel, mode="same")
+
+
+def training_curve_of_run(run_dir: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+    """`training_curve` of a run directory; every record of evaluations.jsonl with an ``accuracy`` is a point of a probe.
+
+    Raises RunDirError when the run has no steps yet or its logs are damaged.
+    """
+    run = Path(run_dir)
+    metrics = list(metrics_log.read(run / "metrics.jsonl"))
+    if not metrics:
+        raise RunDirError(f"{run} has no steps to draw (metrics.jsonl is missing or empty): train it first")
+    probes = [
+        (str(record.get("name", "evaluation")), int(record["step"]), float(record["accuracy"]))
+        for record in metrics_log.read(run / "evaluations.jsonl")
+        if "accuracy" in record
+    ]
+    return training_curve(metrics, path, model=run.name, probes=probes)

@@ -137,8 +137,8 @@ def run_ppl(
             )
     if not result.contexts:
         raise RecipeError(
-            f"the held-out text has {tokens.size} tokens, less than the shortest context {format_length(min(contexts))}: "
-            "give a shorter --lengths or a longer text with data.held_out=PATH"
+            f"the held-out text has {tokens.size} tokens, less than the shortest context "
+            f"{format_length(min(contexts))}: give a shorter --lengths or a longer text with data.held_out=PATH"
         )
     return result
 
