@@ -21,11 +21,12 @@ _TIME_FORMS = (
     r"(?P<m>\d+)",
 )
 # Options that the scripts set themselves; a second value would break requeueing or the rendezvous.
-_OWN_OPTIONS = (
-    "--job-name --nodes --ntasks --ntasks-per-node --gpus-per-node --cpus-per-task --time --partition --account --qos "
-    "--chdir --requeue --no-requeue --signal --open-mode --output --error --dependency --kill-on-invalid-dep --array "
-    "-J -N -n -c -t -p -A -q -D -o -e -d -a"
-).split()
+_OWN_OPTIONS = {
+    "--job-name", "--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time",
+    "--partition", "--account", "--qos", "--chdir", "--requeue", "--no-requeue", "--signal", "--open-mode", "--output",
+    "--error", "--dependency", "--kill-on-invalid-dep", "--array",
+    "-J", "-N", "-n", "-c", "-t", "-p", "-A", "-q", "-D", "-o", "-e", "-d", "-a",
+}  # fmt: skip
 
 
 @dataclass

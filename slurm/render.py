@@ -93,17 +93,17 @@ def _head(job: StageJob) -> list[str]:
 def _settings(job: StageJob) -> list[str]:
     # srun does not inherit --cpus-per-task from sbatch (Slurm 22.05 and later).
     srun = [f"--cpus-per-task={job.slurm.cpus_per_task}"] if job.slurm.cpus_per_task else []
-    lines = [
+    return [
         f"run_dir={shlex.quote(str(job.run_dir))}",
         f"max_restarts_without_progress={MAX_RESTARTS_WITHOUT_PROGRESS}",
         f"srun_options=({shlex.join(srun)})",
         "command=(",
         *(f"    {line}" for line in _wrapped(job.command)),
         ")",
+        "setup() { # slurm.setup of the recipe",
+        *(job.slurm.setup or ["    :"]),
+        "}",
     ]
-    if job.slurm.setup:
-        lines += ["", "# slurm.setup of the recipe", "set -e", *job.slurm.setup]
-    return lines
 
 
 def _wrapped(command: tuple[str, ...], width: int = 100) -> list[str]:

@@ -1,7 +1,14 @@
 # ---- From here on the script is the same for every stage (slurm/templates/stage.sh) ----
-set +e
 
 say() { printf '[hsa %s] %s\n' "$(date -u +%FT%TZ)" "$*"; }
+
+# USR1 can come at any time from here on; until training is there to be told, the wish is remembered.
+stop_asked=
+trap 'stop_asked=1' USR1
+
+set -e
+setup
+set +e
 
 restart=${SLURM_RESTART_COUNT:-0}
 marker=$run_dir/slurm/requeue.$SLURM_JOB_ID
@@ -20,8 +27,7 @@ latest=$run_dir/checkpoints/latest
 checkpoint=$(readlink "$latest" || cat "$latest" 2>/dev/null || echo none)
 printf '%s\n' "$checkpoint" >>"$history"
 starts_without_progress=$(tail -n $((max_restarts_without_progress + 1)) "$history" | grep -cxF -e "$checkpoint")
-if [ "$restart" -ge "$max_restarts_without_progress" ] &&
-    [ "$starts_without_progress" -gt "$max_restarts_without_progress" ]; then
+if [ "$starts_without_progress" -gt "$max_restarts_without_progress" ]; then
     say "stopped: $max_restarts_without_progress restarts brought no checkpoint after '$checkpoint';" \
         "read the end of this log, mend the cause, and submit the run again"
     exit 1
@@ -43,13 +49,14 @@ hand_on() {
     repeater=$!
 }
 
-repeater=
-trap hand_on USR1
 (
     trap '' USR1
     exec srun --kill-on-bad-exit=1 "${srun_options[@]}" bash -c 'trap "" USR1; exec "$@"' hsa "${command[@]}"
 ) &
 step=$!
+repeater=
+trap hand_on USR1
+[ -z "$stop_asked" ] || hand_on
 
 # A trap interrupts `wait`; srun's own status is what `wait` gives once srun has ended.
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
