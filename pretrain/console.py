@@ -93,13 +93,13 @@ class Console:
         parts = [
             f"{record['stage']:<9} {record['step']:>{width}}/{self.total_steps}",
             f"loss {record['loss']:.4f}",
-            f"grad {record['grad_norm']:.3g}",
+            f"grad {_fixed(record['grad_norm'])}",
             f"lr {record['lr']:.2e}",
-            f"{short_count(tokens / seconds)} tok/s",
+            f"{short_count(tokens / seconds):>5} tok/s",
         ]
         if self._peak_flops and self._flops_per_token:
-            parts.append(f"MFU {100 * self._flops_per_token * tokens / seconds / self._peak_flops:.1f}%")
-        parts.append(f"wait {100 * record['data_wait_seconds'] / seconds:.1f}%")
+            parts.append(f"MFU {100 * self._flops_per_token * tokens / seconds / self._peak_flops:4.1f}%")
+        parts.append(f"wait {100 * record['data_wait_seconds'] / seconds:4.1f}%")
         if self._seconds:
             left = max(0, self.total_steps - record["step"]) * statistics.median(self._seconds)
             parts.append(f"ETA {short_time(left)}")
@@ -147,6 +147,11 @@ def short_time(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def _fixed(value: float) -> str:
+    """Seven characters, so that the columns stay in line."""
+    return f"{value:7.4f}" if abs(value) < 10 else f"{value:7.2f}" if abs(value) < 9999 else f"{value:7.1e}"
 
 
 def _plain(value: Any) -> str:

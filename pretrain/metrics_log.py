@@ -38,6 +38,8 @@ class JsonlLog:
         RunDirError: the part that is to be kept is damaged; names file and line.
     """
 
+    _one_per_step = False
+
     def __init__(self, path: str | os.PathLike[str], resume_step: int = 0) -> None:
         self.path = Path(path)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -55,8 +57,8 @@ class JsonlLog:
         last, end = 0, 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
+                if not line.endswith(b"\n") or (self._one_per_step and last >= resume_step):
+                    break  # what follows is dropped whatever it holds
                 record = _parse(line, self.path, number)
                 if record["step"] > resume_step:
                     break
@@ -101,6 +103,8 @@ class MetricsLog(JsonlLog):
 
     ``tokens`` counts from the start of the run; ``*_seconds`` are wall seconds; extras may follow.
     """
+
+    _one_per_step = True
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int = 0) -> None:
         super().__init__(path, resume_step)

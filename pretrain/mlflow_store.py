@@ -42,7 +42,7 @@ _MAKE_SQLITE = """
 import contextlib, fcntl, os, sys
 final = sys.argv[1]
 aside = final + ".new"
-with open(final + ".lock", "w") as lock:
+with open(os.path.join(os.path.dirname(final), "." + os.path.basename(final) + ".lock"), "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if not os.path.exists(final):
         for stale in (aside, aside + "-journal"):
@@ -101,7 +101,8 @@ class Store:
         if found is None:
             place = (database.parent / "mlflow-artifacts").as_uri() if database is not None else None
             try:
-                self._experiment_id = self._client.create_experiment(self.experiment, artifact_location=place)
+                kind = {"mlflow.experimentKind": "custom_model_development"}  # which of its two pages MLflow's UI opens
+                self._experiment_id = self._client.create_experiment(self.experiment, place, kind)
             except MlflowException:  # another training made it meanwhile
                 found = self._client.get_experiment_by_name(self.experiment)
                 if found is None:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 from pretrain import metrics_log
 from pretrain.console import short_count, short_time
 from pretrain.errors import RunDirError
-from pretrain.run_dir import RunDir, read_json
+from pretrain.run_dir import RunDir
 
 _ETA_STEPS = 32
 EPILOG = """example:
@@ -120,7 +118,7 @@ def render(status: dict[str, Any]) -> str:
         ("restarts", f"{status['restarts']}" + (f", {status['changes']} recipe changes" if status["changes"] else "")),
     ]
     for job in status["jobs"]:
-        rows.append(("job", "  ".join(str(job[key]) for key in ("id", "stage", "state") if job.get(key))))
+        rows.append(("job", f"{job['id']} {job['stage']}: {job['state'] or 'not in the queue'}"))
     if status["mlflow"] and status["mlflow"].get("run_id"):
         rows.append(("MLflow", f"run {status['mlflow']['run_id']} in {status['mlflow']['uri']}"))
     if status["unsent_steps"] and status["state"] != "running":
@@ -176,37 +174,9 @@ def _modified(path: Path) -> float | None:
 
 
 def _jobs(run_dir: RunDir) -> list[dict[str, Any]]:
-    """The jobs of RUN/slurm/jobs.json with their state in the queue, where Slurm is installed and still knows them."""
-    path = run_dir.slurm / "jobs.json"
-    if not path.exists():
-        return []
-    listed = read_json(path)
-    listed = listed.get("jobs", []) if isinstance(listed, dict) else listed
-    jobs = [
-        {"id": str(job.get("id", job.get("job_id", "?"))), "stage": job.get("stage"), "state": None}
-        for job in listed
-        if isinstance(job, dict)
-    ]
-    if jobs and shutil.which("squeue"):
-        ids = ",".join(job["id"] for job in jobs)
-        try:
-            # an id that the controller has forgotten makes squeue fail: then every job is asked for alone
-            queue = _squeue(ids) if len(jobs) == 1 else {**_squeue(ids)}
-            if not queue and len(jobs) > 1:
-                for job in jobs:
-                    queue.update(_squeue(job["id"]))
-        except (OSError, subprocess.SubprocessError):
-            return jobs
-        for job in jobs:
-            job["state"] = queue.get(job["id"], "not in the queue")
-    return jobs
+    """The submitted jobs, oldest first, with their state where Slurm is there and still knows them."""
+    from slurm.jobs import queue_states, read_chains
 
-
-def _squeue(ids: str) -> dict[str, str]:
-    done = subprocess.run(
-        ["squeue", "--noheader", "--states=all", "--format=%A %T", "--jobs", ids],
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
-    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.strip())
+    jobs = [job for chain in read_chains(run_dir.path) for job in chain.jobs]
+    states = queue_states(job.job_id for job in jobs)
+    return [{"id": job.job_id, "stage": job.stage, "state": states.get(job.job_id)} for job in jobs]
