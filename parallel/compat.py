@@ -314,6 +314,64 @@ def _repair_router_gating() -> None:
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 
 
+def init_adam_state(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate what torch's AdamW allocates in its first step; parameters that have their state keep it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state.setdefault("step", torch.zeros((), dtype=torch.float32))
+
+
+def _repair_distributed_optimizer() -> None:
+    """Make Megatron's distributed optimizer checkpoint torch's AdamW (used without Transformer Engine and apex).
+
+    As it is, it cannot say what the step is before the first one, stumbles over "step" when it copies loaded state,
+    copies into leaves that require gradients, and gives all parameters one common step tensor, which every parameter
+    then advances: bias correction is silently wrong after a resume.
+    """
+    optimizer_class = sys.modules["megatron.core.optimizer.distrib_optimizer"].DistributedOptimizer
+    sharded_state_dict, load_state_dict = optimizer_class.sharded_state_dict, optimizer_class.load_state_dict
+
+    def is_torch_adam(self: Any) -> bool:
+        return isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+    @functools.wraps(sharded_state_dict)
+    def prefilled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_torch_adam(self):
+            init_adam_state(self.optimizer)
+        return sharded_state_dict(self, *args, **kwargs)
+
+    @functools.wraps(load_state_dict)
+    def load(self: Any, state_dict: Any) -> None:
+        with torch.no_grad():
+            load_state_dict(self, state_dict)
+        if is_torch_adam(self):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+        with torch.no_grad():
+            main_param.copy_(tensors["param"])
+            for name, value in self.optimizer.state[main_param].items():
+                if name != "step":
+                    value.copy_(tensors[name])
+
+    original_set_states = optimizer_class._set_main_param_and_optimizer_states
+
+    @functools.wraps(original_set_states)
+    def set_main_param_and_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        (set_states if is_torch_adam(self) else original_set_states)(self, model_param, tensors)
+
+    optimizer_class.sharded_state_dict = prefilled
+    optimizer_class.load_state_dict = load
+    optimizer_class._set_main_param_and_optimizer_states = set_main_param_and_states
+
+
 def _quiet_known_warnings() -> None:
     """Silence, by their exact words, warnings that Megatron 0.16 causes in every run and that nobody can act on."""
     for message, category in (
@@ -327,6 +385,7 @@ def _quiet_known_warnings() -> None:
 
 _import_megatron()
 _repair_router_gating()
+_repair_distributed_optimizer()
 _quiet_known_warnings()
 if CPU_SHIM:
     _install_cpu_shim()
@@ -351,6 +410,11 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+    optim_state_to_sharding_state,
 )
 from megatron.core.distributed import (
     DistributedDataParallel,

@@ -1,0 +1,390 @@
+"""Optimizers behind Megatron's interface: AdamW (distributed or replicated) and Muon beside AdamW; schedules.
+
+``wrap_model`` puts Megatron's DDP around the model, ``build_optimizer`` gives an optimizer with
+
+    zero_grad()   step() -> (updated, grad_norm, None)   param_groups   scale_loss(loss)
+    sharded_state_dict(...)   load_state_dict(...)   reload_model_params()
+
+and ``build_scheduler`` the OptimizerParamScheduler that sets the learning rate of every group. Order of construction:
+transformer config (calculate_per_token_loss=True), model, ``wrap_model``, ``build_optimizer``, ``build_scheduler``.
+
+Memory per parameter beside weight and fp32 gradient: AdamW distributed, 12 bytes / data-parallel size (8 in fp32);
+AdamW replicated, 12 (8); Muon, 8 (4) for matrices and AdamW replicated for the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from parallel import compat
+from parallel.muon import Muon
+
+SCHEDULES = ("constant", "cosine", "linear")
+OPTIMIZERS = ("adamw", "muon")
+
+
+@dataclass
+class OptimizerSettings:
+    """What a recipe says under ``optimizer:``.
+
+    lr: of AdamW, and under muon of everything that is not a matrix of the decoder; muon_lr: of those matrices.
+    weight_decay: decoupled, not applied to vectors (norms, biases). clip: largest global gradient norm, 0 for none.
+    warmup_steps: linear, the first step has lr / warmup_steps. schedule: after the warm-up, constant, or a fall to
+    min_lr (for Muon's group in proportion) over the last ``decay_fraction`` of all steps, as a cosine or a line.
+    distributed: share AdamW's state among the data-parallel ranks (Muon's is replicated).
+    """
+
+    name: str = "adamw"
+    lr: float = 3.87e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    decay_fraction: float = 1.0
+    min_lr: float = 0.0
+    muon_lr: float = 0.01
+    muon_momentum: float = 0.95
+    muon_ns_steps: int = 5
+    distributed: bool = True
+
+    def problems(self) -> list[str]:
+        """Everything that makes these settings impossible, each as ``optimizer.field: what is wrong``."""
+        found = []
+        if self.name not in OPTIMIZERS:
+            found.append(f"optimizer.name: {self.name!r} is none of {', '.join(OPTIMIZERS)}")
+        if self.schedule not in SCHEDULES:
+            found.append(f"optimizer.schedule: {self.schedule!r} is none of {', '.join(SCHEDULES)}")
+        for name in ("lr", "muon_lr", "eps"):
+            if not getattr(self, name) > 0:
+                found.append(f"optimizer.{name}: must be positive, is {getattr(self, name)}")
+        for name in ("weight_decay", "clip", "warmup_steps", "min_lr"):
+            if getattr(self, name) < 0:
+                found.append(f"optimizer.{name}: must not be negative, is {getattr(self, name)}")
+        if self.min_lr > self.lr:
+            found.append(f"optimizer.min_lr: {self.min_lr} is larger than lr {self.lr}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"optimizer.betas: two numbers in [0, 1) wanted, got {list(self.betas)}")
+        if not 0 <= self.muon_momentum < 1:
+            found.append(f"optimizer.muon_momentum: must be in [0, 1), is {self.muon_momentum}")
+        if self.muon_ns_steps < 1:
+            found.append(f"optimizer.muon_ns_steps: must be at least 1, is {self.muon_ns_steps}")
+        if not 0 < self.decay_fraction <= 1:
+            found.append(f"optimizer.decay_fraction: must be in (0, 1], is {self.decay_fraction}")
+        return found
+
+    @property
+    def shares_state(self) -> bool:
+        """True when Megatron's distributed optimizer is used."""
+        return self.distributed and self.name == "adamw"
+
+
+def ddp_config(settings: OptimizerSettings, *, overlap: bool = False) -> compat.DistributedDataParallelConfig:
+    """Megatron's DDP configuration: fp32 gradients; overlap hides their reduction behind the backward pass (GPU)."""
+    return compat.DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and settings.shares_state,
+        use_distributed_optimizer=settings.shares_state,
+        check_for_nan_in_grad=False,  # step() looks at the norm and refuses the update
+    )
+
+
+def wrap_model(
+    chunks: Sequence[nn.Module], settings: OptimizerSettings, *, overlap: bool = False
+) -> list[compat.DistributedDataParallel]:
+    """Put Megatron's DDP around every model chunk (already on its device) and make all replicas equal to rank 0's.
+
+    The chunks' config must have calculate_per_token_loss=True: set after DDP is built, gradients come out divided by
+    the data-parallel size a second time.
+    """
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        config = compat.get_model_config(chunk)
+        assert config.calculate_per_token_loss, "set calculate_per_token_loss before DDP is built"
+        wrapped.append(
+            compat.DistributedDataParallel(
+                config, ddp_config(settings, overlap=overlap), chunk, disable_bucketing=index > 0
+            )
+        )
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def connect(chunks: Sequence[compat.DistributedDataParallel], optimizer: compat.MegatronOptimizer) -> None:
+    """Tell Megatron's forward-backward schedules how losses are scaled and gradients finished."""
+    config = compat.get_model_config(chunks[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = compat.finalize_model_grads
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
+
+
+class Optimizer(compat.ChainedOptimizer):
+    """Megatron's chain of optimizers with one gradient norm, which leaves the weights alone when that is not finite."""
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float, None]:
+        """Clip by the global norm and update. Returns (updated, gradient norm before clipping, None)."""
+        if self.prepare_grads():
+            return False, math.nan, None
+        norm = float(self.get_grad_norm())
+        if not math.isfinite(norm):
+            return False, norm, None
+        for optimizer in self.chained_optimizers:
+            parameters = [] if optimizer.is_stub_optimizer else optimizer.get_parameters()
+            if parameters and self.config.clip_grad > 0:
+                compat.clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
+        return self.step_with_ready_grads(), norm, None
+
+    def init_state(self) -> None:
+        """Allocate all optimizer state as it is before the first step (zeros); allocated state is left alone."""
+        for optimizer in self.chained_optimizers:
+            if not optimizer.is_stub_optimizer:
+                init_torch_state(optimizer.optimizer)
+
+
+class MasterWeights(compat.Float16OptimizerWithFloat16Params):
+    """Megatron's replicated optimizer with fp32 master weights, whose checkpoint also knows fp32 parameters.
+
+    Megatron's own numbers the optimizer's states over the bf16 parameters alone, so that one fp32 parameter (a norm's
+    gain) among them shifts every state behind it to a wrong name.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        # Before Megatron puts master copies in the place of the model's parameters.
+        self.model_params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        super().__init__(optimizer, *args)
+
+    def _masters(self) -> dict[int, torch.Tensor]:
+        """Master copies by the number of the parameter in the optimizer."""
+        return {
+            index: parameter.main_param
+            for index, parameter in enumerate(self.model_params)
+            if parameter.dtype != torch.float32
+        }
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Inner state and master copies under the names of the model's parameters."""
+        self.init_state_fn(self.optimizer, self.config)
+        inner = self.optimizer.state_dict()
+        names = compat.get_param_id_to_sharded_param_map(model_sharded_state_dict, self.model_params)
+        step = self._extract_common_per_param_step(inner)
+        compat.optim_state_to_sharding_state(inner, names, exclude_keys=("step",))
+        if step is not None:
+            inner["state"]["common_step"] = step
+        masters = {
+            index: compat.make_sharded_optimizer_tensor(names[index], master, prefix="optimizer.state.fp32_param")
+            for index, master in self._masters().items()
+        }
+        return {"optimizer": inner, "fp32_params": masters}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what sharded_state_dict gave and the checkpoint filled."""
+        inner = state_dict["optimizer"]
+        if "common_step" in inner["state"]:
+            self._restore_common_per_param_step(inner, inner["state"].pop("common_step"))
+        inner["param_groups"] = self._filter_and_reorder_param_groups(
+            self.optimizer.param_groups, inner["param_groups"]
+        )
+        self.optimizer.load_state_dict(inner)
+        with torch.no_grad():
+            for index, master in self._masters().items():
+                master.copy_(state_dict["fp32_params"][index])
+
+
+def init_torch_state(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate the state of torch's AdamW or of Muon as it is before the first step."""
+    if isinstance(optimizer, Muon):
+        optimizer.init_state()
+    else:
+        compat.init_adam_state(optimizer)
+
+
+def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
+    """True for the matrices Muon updates: not the embedding, output layer or router, nor anything like a vector."""
+    if parameter.dim() < 2 or min(parameter.shape[-2:]) == 1:
+        return False
+    if getattr(parameter, "is_embedding_or_output_parameter", False):
+        return False
+    parts = name.split(".")
+    return not any(part in ("router", "word_embeddings", "output_layer") for part in parts)
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """True when weight decay applies: matrices only."""
+    return parameter.dim() > 1 and not name.endswith(".bias")
+
+
+def _optimizer_config(settings: OptimizerSettings, dtype: torch.dtype) -> compat.OptimizerConfig:
+    return compat.OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.clip,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=settings.shares_state,
+    )
+
+
+def build_optimizer(settings: OptimizerSettings, chunks: Sequence[compat.DistributedDataParallel]) -> Optimizer:
+    """The optimizer of the wrapped model chunks. bf16 parameters get fp32 master copies; fp32 ones among them do not.
+
+    Parameters are float32 or bfloat16, anything else is a ValueError.
+    """
+    dtypes = {parameter.dtype for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad}
+    if not dtypes <= {torch.float32, torch.bfloat16}:
+        raise ValueError(f"parameters must be float32 or bfloat16, found {sorted(map(str, dtypes))}")
+    config = _optimizer_config(settings, torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32)
+    if settings.shares_state:
+        built = compat.get_megatron_optimizer(config, list(chunks))
+        chained = getattr(built, "chained_optimizers", [built])
+    else:
+        chained = _replicated(settings, config, chunks)
+    optimizer = Optimizer(chained)
+    apply_settings(optimizer, settings)
+    return optimizer
+
+
+def _replicated(
+    settings: OptimizerSettings, config: compat.OptimizerConfig, chunks: Sequence[nn.Module]
+) -> list[compat.MegatronOptimizer]:
+    """AdamW, and Muon for matrices if it is named, each split in dense and expert-parallel parameters as in
+    Megatron.""" groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad:
+                expert = not getattr(parameter, "allreduce", True)
+                muon = settings.name == "muon" and is_muon_parameter(name, parameter)
+                key = (expert, muon, decays(name, parameter))
+                groups.setdefault(key, []).append(parameter)
+    chained: list[compat.MegatronOptimizer] = []
+    for expert in (False, True):
+        for muon in (True, False):
+            param_groups = [
+                {
+                    "params": groups[expert, muon, decay],
+                    # Megatron's checkpoint recognises groups by these four, its scheduler reads wd_mult.
+                    "wd_mult": 1.0 if decay else 0.0,
+                    "lr_mult": 1.0,
+                    "is_expert_parallel": expert,
+                    "is_decoupled_lr": muon,
+                    "default_config": not muon,
+                }
+                for decay in (True, False)
+                if (expert, muon, decay) in groups
+            ]
+            if param_groups:
+                chained.append(_wrap(settings, config, param_groups, muon=muon, expert=expert))
+    return chained
+
+
+def _wrap(
+    settings: OptimizerSettings,
+    config: compat.OptimizerConfig,
+    param_groups: list[dict[str, Any]],
+    *,
+    muon: bool,
+    expert: bool,
+) -> compat.MegatronOptimizer:
+    inner: torch.optim.Optimizer
+    if muon:
+        inner = Muon(param_groups, settings.muon_lr, settings.muon_momentum, settings.muon_ns_steps)
+    else:
+        inner = torch.optim.AdamW(param_groups, settings.lr, tuple(settings.betas), settings.eps, weight_decay=0.0)
+
+    def init_state(optimizer: torch.optim.Optimizer, _: Any = None) -> None:
+        init_torch_state(optimizer)
+
+    if config.bf16:
+        wrapped: compat.MegatronOptimizer = MasterWeights(inner, config, None, init_state)
+    else:
+        wrapped = compat.FP32Optimizer(inner, config, init_state)
+    state = compat.parallel_state
+    wrapped.grad_stats_parallel_group = (
+        state.get_expert_tensor_model_pipeline_parallel_group() if expert else state.get_model_parallel_group()
+    )
+    wrapped.tp_group = state.get_tensor_model_parallel_group()
+    return wrapped
+
+
+def apply_settings(optimizer: Optimizer, settings: OptimizerSettings) -> None:
+    """Make ``settings`` the hyperparameters of an existing optimizer: of a new stage, or after loading a checkpoint.
+
+    The learning rate itself is set by the scheduler, from max_lr and min_lr of each group.
+    """
+    optimizer.config.clip_grad = settings.clip
+    for chained in optimizer.chained_optimizers:
+        muon = isinstance(chained.optimizer, Muon)
+        top = settings.muon_lr if muon else settings.lr
+        for group in chained.param_groups:
+            group["max_lr"], group["min_lr"] = top, top * settings.min_lr / settings.lr
+            if muon:
+                group["momentum"], group["ns_steps"] = settings.muon_momentum, settings.muon_ns_steps
+            else:
+                group["betas"], group["eps"] = tuple(settings.betas), settings.eps
+
+
+class Scheduler(compat.OptimizerParamScheduler):
+    """Megatron's scheduler, counted so that the first update already moves.
+
+    ``num_steps`` is the number of the update about to happen, from 1. Call ``step(1)`` after every update.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the position of a saved scheduler; the shape of the schedule stays this one's."""
+        self.num_steps = 0
+        self.step(int(state_dict["num_steps"]))
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of AdamW's groups for the update about to happen."""
+        return self.get_lr({"max_lr": self.max_lr, "min_lr": self.min_lr})
+
+
+def build_scheduler(settings: OptimizerSettings, optimizer: Optimizer, total_steps: int | None = None) -> Scheduler:
+    """The schedule of ``settings`` over ``total_steps`` updates, at its first.
+
+    total_steps may be None for a constant schedule only. ValueError when a falling schedule has no length, or when the
+    warm-up does not end before it does.
+    """
+    falling = settings.schedule != "constant"
+    if falling and total_steps is None:
+        raise ValueError(f"optimizer.schedule={settings.schedule} needs a known number of steps")
+    if falling and settings.warmup_steps >= (total_steps or 0):
+        raise ValueError(f"optimizer.warmup_steps={settings.warmup_steps} must be less than the {total_steps} steps")
+    last = total_steps if falling and total_steps is not None else settings.warmup_steps + 1
+    partial = falling and settings.decay_fraction < 1
+    scheduler = Scheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=last,
+        lr_decay_style="WSD" if partial else settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        # A warm-up longer than the plateau leaves less than the fraction for the fall.
+        wsd_decay_steps=min(round(settings.decay_fraction * last), last - settings.warmup_steps) if partial else None,
+        lr_wsd_decay_style=settings.schedule if partial else None,
+    )
+    scheduler.step(1)
+    return scheduler
