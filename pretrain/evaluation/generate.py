@@ -1,18 +1,15 @@
 """``hsa generate``: continue a prompt of any length; the continuation on stdout and nothing else there."""
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
 from pretrain.errors import RecipeError
 from pretrain.evaluation.commands import add_model_arguments, load
 from pretrain.evaluation.decoding import Sampling, TextStream, generate_tokens
+from pretrain.evaluation.streams import only_writer_to_stdout
 from pretrain.evaluation.units import format_length
 
 EXAMPLE = """example:
@@ -91,27 +88,3 @@ def read_prompt(path: str) -> str:
     if not text.strip():
         raise RecipeError(f"--prompt-file: the prompt in {name} is empty: give some text")
     return text
-
-
-@contextlib.contextmanager
-def only_writer_to_stdout() -> Iterator[TextIO]:
-    """Yield the real stdout; whatever else prints there meanwhile, libraries below Python included, goes to stderr."""
-    stream = sys.stdout
-    stream.flush()
-    try:
-        number = stream.fileno()
-    except (OSError, ValueError):  # replaced by something without a descriptor, as in tests
-        with contextlib.redirect_stdout(sys.stderr):
-            yield stream
-        return
-    kept = os.dup(number)
-    os.dup2(sys.__stderr__.fileno() if sys.__stderr__ else 2, number)
-    try:
-        with (
-            open(kept, "w", encoding="utf-8", errors="replace", newline="", closefd=False) as out,
-            contextlib.redirect_stdout(sys.stderr),
-        ):
-            yield out
-    finally:
-        os.dup2(kept, number)
-        os.close(kept)

@@ -332,7 +332,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def training_curve_of_run(run_dir: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """`training_curve` of a run directory; every record of evaluations.jsonl with an ``accuracy`` is a point of a probe.
+    """`training_curve` of a run directory; each record of evaluations.jsonl with an ``accuracy`` is a probe's point.
 
     Raises RunDirError when the run has no steps yet or its logs are damaged.
     """

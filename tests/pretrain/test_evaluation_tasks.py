@@ -1,6 +1,7 @@
 """Retrieval tasks and perplexity, asked of engines whose abilities are known: one reads the prompt as text, one knows
 nothing, one sees only so many tokens back."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -65,7 +66,7 @@ class Fake:
 
 
 class Reader(Fake):
-    """Answers needle questions by reading the last ``sight`` tokens as text, with no knowledge of how they were made."""
+    """Answers needle questions by reading the last ``sight`` tokens as text; knows nothing of how they were made."""
 
     def __init__(self, tokenizer, sight=None):
         super().__init__(tokenizer, self.read)
@@ -373,11 +374,8 @@ def test_pictures_are_drawn(tokenizer, hay, tmp_path, monkeypatch):
 
 
 def test_training_curve_of_a_run(tmp_path):
-    rows = [
-        f'{{"step": {i}, "stage": "{"a" if i < 20 else "b"}", "loss": {9 / i if i != 7 else chr(34) + "nan" + chr(34)}}}\n'
-        for i in range(1, 41)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    rows = [json.dumps({"step": i, "stage": "ab"[i > 20], "loss": "nan" if i == 7 else 9 / i}) for i in range(1, 41)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     assert is_picture(plots.training_curve_of_run(tmp_path, tmp_path / "one.png"))
     probe = '{"step": 20, "name": "niah.single@256", "accuracy": 0.5}\n{"step": 20, "name": "ppl", "nll": 3.1}\n'
     (tmp_path / "evaluations.jsonl").write_text(probe)
