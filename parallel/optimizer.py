@@ -264,8 +264,8 @@ def build_optimizer(settings: OptimizerSettings, chunks: Sequence[compat.Distrib
 def _replicated(
     settings: OptimizerSettings, config: compat.OptimizerConfig, chunks: Sequence[nn.Module]
 ) -> list[compat.MegatronOptimizer]:
-    """AdamW, and Muon for matrices if it is named, each split in dense and expert-parallel parameters as in
-    Megatron.""" groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    """AdamW, and Muon for matrices if named so, each split in dense and expert-parallel parameters as in Megatron."""
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if parameter.requires_grad:
