@@ -28,7 +28,8 @@ from parallel.norm import RMSNorm
 
 @dataclass
 class AttentionSchedule:
-    """What a stage may change about attention. One object is shared by all layers of a model, so setting it once is enough.
+    """What a stage may change about attention. One object is shared by all layers of a model, so setting it once is
+    enough.
 
     window, hsa_window: tokens a sliding-window layer sees, the token itself included (hsa_window: inside HSA layers).
     top_k: chunks an HSA token reads; None means every visible chunk.
@@ -60,10 +61,10 @@ class SlidingWindowSelfAttention(SelfAttention):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Attend.
 
-        hidden_states (L, B, hidden); rotary_pos_emb (n + L, 1, 1, D) angles of positions 0 .. n + L - 1, n the length of the
-        halo (only differences of positions matter, so a halo's first token may be called position 0); documents (B, L) int32;
-        halo: keys and values (n, B, Hkv, D) of the n tokens to the left, keys not yet rotated.
-        Returns the output (L, B, hidden) and this call's keys and values, halo included, keys not rotated.
+        hidden_states (L, B, hidden); rotary_pos_emb (n + L, 1, 1, D) angles of positions 0 .. n + L - 1, n the length
+        of the halo (only differences of positions matter, so a halo's first token may be called position 0); documents
+        (B, L) int32; halo: keys and values (n, B, Hkv, D) of the n tokens to the left, keys not yet rotated. Returns
+        the output (L, B, hidden) and this call's keys and values, halo included, keys not rotated.
         """
         q, k, v = self.get_query_key_value_tensors(hidden_states)
         if halo is not None:
@@ -75,7 +76,12 @@ class SlidingWindowSelfAttention(SelfAttention):
             q = apply_rotary_pos_emb(q, rotary_pos_emb[offset : offset + q.shape[0]], self.config, cp_group=group)
             k = apply_rotary_pos_emb(k, rotary_pos_emb[: k.shape[0]], self.config, cp_group=group)
             out = ops.sliding_window_attention(
-                q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), window=window, documents=documents, key_offset=offset
+                q.transpose(0, 1),
+                k.transpose(0, 1),
+                v.transpose(0, 1),
+                window=window,
+                documents=documents,
+                key_offset=offset,
             )
             return out.transpose(0, 1).flatten(2)
 
@@ -87,10 +93,12 @@ class SlidingWindowSelfAttention(SelfAttention):
 
 
 class HierarchicalSparseAttention(MegatronModule):
-    """Retrieval of chunks by landmark scores and attention inside each retrieved chunk (FACTS: arXiv 2511.23319, section 2).
+    """Retrieval of chunks by landmark scores and attention inside each retrieved chunk (FACTS: arXiv 2511.23319,
+    section 2).
 
     Owns the query side only: keys, values and landmarks come from the context memory, shared by all HSA layers. No
-    positional encoding. Queries and keys are RMS-normalised per head, retrieval queries and landmarks per retrieval head.
+    positional encoding. Queries and keys are RMS-normalised per head, retrieval queries and landmarks per retrieval
+    head.
     """
 
     def __init__(
@@ -117,7 +125,9 @@ class HierarchicalSparseAttention(MegatronModule):
             **common,
         )
         self.q_layernorm = RMSNorm(config, model.head_dim, config.layernorm_epsilon)
-        self.retrieval_layernorm = RMSNorm(config, model.retrieval_dim // model.retrieval_heads, config.layernorm_epsilon)
+        self.retrieval_layernorm = RMSNorm(
+            config, model.retrieval_dim // model.retrieval_heads, config.layernorm_epsilon
+        )
         self.checkpoint_core_attention = config.recompute_granularity == "selective"
 
     def forward(

@@ -26,7 +26,9 @@ from parallel.norm import RMSNorm
 
 
 class BidirectionalCoreAttention(nn.Module):
-    """Full attention inside one chunk, no mask and no positional encoding: the slot Megatron's SelfAttention leaves open."""
+    """Full attention inside one chunk, no mask and no positional encoding: the slot Megatron's SelfAttention leaves
+    open.
+    """
 
     def __init__(self, config: TransformerConfig, **_: object) -> None:
         super().__init__()
@@ -63,10 +65,14 @@ class EncoderLayer(MegatronModule):
             ),
         )
         self.input_layernorm = RMSNorm(**norm)
-        self.self_attention = build_module(attention, config=config, layer_number=layer_number, pg_collection=pg_collection)
+        self.self_attention = build_module(
+            attention, config=config, layer_number=layer_number, pg_collection=pg_collection
+        )
         self.pre_mlp_layernorm = RMSNorm(**norm)
         self.mlp = MLP(
-            config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), tp_group=pg_collection.tp
+            config,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            tp_group=pg_collection.tp,
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -84,7 +90,9 @@ def encoder_config(config: TransformerConfig, model: ModelConfig) -> Transformer
 
 
 class ChunkEncoder(MegatronModule):
-    """[CLS] + S tokens of each chunk -> bidirectional layers -> keys, values (from the tokens) and landmark (from [CLS])."""
+    """[CLS] + S tokens of each chunk -> bidirectional layers -> keys, values (from the tokens) and landmark (from
+    [CLS]).
+    """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, pg_collection: ProcessGroupCollection) -> None:
         config = encoder_config(config, model)
@@ -102,7 +110,9 @@ class ChunkEncoder(MegatronModule):
             config.hidden_size, model.retrieval_dim, tp_group=pg_collection.tp, **column
         )
         self.k_layernorm = RMSNorm(config, model.head_dim, config.layernorm_epsilon)
-        self.landmark_layernorm = RMSNorm(config, model.retrieval_dim // model.retrieval_heads, config.layernorm_epsilon)
+        self.landmark_layernorm = RMSNorm(
+            config, model.retrieval_dim // model.retrieval_heads, config.layernorm_epsilon
+        )
 
     def forward(self, hidden_states: Tensor) -> ContextMemory:
         """hidden_states (C * S, B, hidden), whole chunks only. Each chunk is encoded by itself."""
@@ -111,7 +121,11 @@ class ChunkEncoder(MegatronModule):
         if length % model.chunk_size:
             raise ValueError(f"the chunk encoder takes whole chunks of {model.chunk_size} tokens, got {length} tokens")
         chunks = length // model.chunk_size
-        x = hidden_states.view(chunks, model.chunk_size, batch, hidden).transpose(0, 1).reshape(model.chunk_size, -1, hidden)
+        x = (
+            hidden_states.view(chunks, model.chunk_size, batch, hidden)
+            .transpose(0, 1)
+            .reshape(model.chunk_size, -1, hidden)
+        )
         x = torch.cat((self.cls.to(x.dtype).expand(1, x.shape[1], hidden), x))
         for layer in self.layers:
             x = layer(x)

@@ -1,4 +1,6 @@
-"""Decoder layers as a Megatron TransformerBlock builds them: sliding-window, HSA, or both, each with a dense MLP or experts."""
+"""Decoder layers as a Megatron TransformerBlock builds them: sliding-window, HSA, or both, each with a dense MLP or
+experts.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,9 @@ KeysAndValues = tuple[Tensor, Tensor]
 class DecoderLayer(TransformerLayer):
     """One layer: x -> r = x + SWA(norm x); h = HSA(norm r); out = r + MLP(norm(r + h)).
 
-    The HSA output feeds the MLP and stays out of the residual stream ("bypass", arXiv 2510.17196). `kind` is "swa" (no h),
-    "hsa" (r = x) or "swa+hsa". The first HSA layer of a model also owns the chunk encoder: it turns its own input, the lower
-    decoder's output, into the context memory and hands that on as Megatron's `context`.
+    The HSA output feeds the MLP and stays out of the residual stream ("bypass", arXiv 2510.17196). `kind` is "swa" (no
+    h), "hsa" (r = x) or "swa+hsa". The first HSA layer of a model also owns the chunk encoder: it turns its own input,
+    the lower decoder's output, into the context memory and hands that on as Megatron's `context`.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class DecoderLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (L, B, hidden). `attention_mask` carries document ids (B, L) int32 or None; `context` the packed memory."""
+        """hidden_states (L, B, hidden). `attention_mask` carries document ids (B, L) int32 or None; `context` the
+        packed memory.
+        """
         documents = attention_mask
         memory = None
         if self.encoder is not None:
@@ -158,4 +162,3 @@ def decoder_specs(model: ModelConfig, schedule: AttentionSchedule) -> Transforme
         params = {"model": model, "schedule": schedule, "kind": kind, "owns_encoder": index == first_hsa}
         layers.append(ModuleSpec(module=DecoderLayer, submodules=submodules, params=params))
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
-

@@ -32,7 +32,11 @@ class ContextMemory:
     def pack(self) -> Tensor:
         """(C, B, S * Hkv * D * 2 + Hr * Dr), chunk first like Megatron's hidden states are token first."""
         batch, chunks = self.landmarks.shape[:2]
-        parts = [self.k.reshape(batch, chunks, -1), self.v.reshape(batch, chunks, -1), self.landmarks.reshape(batch, chunks, -1)]
+        parts = [
+            self.k.reshape(batch, chunks, -1),
+            self.v.reshape(batch, chunks, -1),
+            self.landmarks.reshape(batch, chunks, -1),
+        ]
         return torch.cat(parts, dim=-1).transpose(0, 1).contiguous()
 
     @staticmethod
@@ -44,5 +48,7 @@ class ContextMemory:
         k, v, landmarks = packed.transpose(0, 1).split([kv_width, kv_width, landmark_width], dim=-1)
         shape = (batch, chunks * model.chunk_size, -1, model.head_dim)
         return ContextMemory(
-            k=k.reshape(shape), v=v.reshape(shape), landmarks=landmarks.reshape(batch, chunks, model.retrieval_heads, -1)
+            k=k.reshape(shape),
+            v=v.reshape(shape),
+            landmarks=landmarks.reshape(batch, chunks, model.retrieval_heads, -1),
         )

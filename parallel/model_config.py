@@ -1,4 +1,6 @@
-"""The shape of a model, as a preset file states it. Pure data: importing this module imports neither torch nor Megatron."""
+"""The shape of a model, as a preset file states it. Pure data: importing this module imports neither torch nor
+Megatron.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ class ModelConfig:
     """Sizes of one HSA-UltraLong model (arXiv 2511.23319, section 2). All sizes are global, before any parallel split.
 
     The lower decoder has `lower_layers` sliding-window (SWA) layers. The upper decoder has `upper_layers` SWA layers in
-    `hsa_layers` groups; each group opens with one HSA layer: with `swa_in_hsa` the group's first SWA layer carries HSA as
-    well, without it the HSA layer is an extra layer with an MLP of its own.
+    `hsa_layers` groups; each group opens with one HSA layer: with `swa_in_hsa` the group's first SWA layer carries HSA
+    as well, without it the HSA layer is an extra layer with an MLP of its own.
     """
 
     preset: str = "demo"
@@ -65,25 +67,33 @@ class ModelConfig:
     def problems(self) -> list[str]:
         """Everything that makes these sizes impossible, each as `field: what is wrong`."""
         found = []
-        positive = ["vocab_size", "hidden_size", "ffn_hidden_size", "lower_layers", "upper_layers", "num_heads", "head_dim",
-                    "swa_kv_heads", "hsa_kv_heads", "retrieval_heads", "retrieval_dim", "chunk_size", "encoder_layers",
-                    "encoder_ffn_hidden_size", "hsa_layers"]  # fmt: skip
+        positive = ["vocab_size", "hidden_size", "ffn_hidden_size", "lower_layers", "upper_layers", "num_heads", "head_dim", "swa_kv_heads", "hsa_kv_heads", "retrieval_heads", "retrieval_dim", "chunk_size", "encoder_layers", "encoder_ffn_hidden_size", "hsa_layers"]
         if self.num_experts:
             positive += ["experts_per_token", "expert_ffn_hidden_size", "shared_expert_ffn_hidden_size"]
-        found += [f"model.{name}: must be positive, is {getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
+        found += [
+            f"model.{name}: must be positive, is {getattr(self, name)}" for name in positive if getattr(self, name) <= 0
+        ]
         if found:
             return found
         if self.hsa_layers > self.upper_layers:
-            found.append(f"model.hsa_layers: {self.hsa_layers} groups need at least as many upper_layers, there are {self.upper_layers}")
+            found.append(
+                f"model.hsa_layers: {self.hsa_layers} groups need as many upper_layers, there are {self.upper_layers}"
+            )
         for name in ("swa_kv_heads", "hsa_kv_heads"):
             if self.num_heads % getattr(self, name):
                 found.append(f"model.{name}: {getattr(self, name)} does not divide num_heads {self.num_heads}")
         if self.num_heads // self.hsa_kv_heads > 32:
-            found.append(f"model.hsa_kv_heads: more than 32 query heads per key/value head ({self.num_heads}/{self.hsa_kv_heads})")
+            found.append(
+                f"model.hsa_kv_heads: over 32 query heads per key/value head ({self.num_heads}/{self.hsa_kv_heads})"
+            )
         if self.retrieval_heads not in (1, self.hsa_kv_heads):
-            found.append(f"model.retrieval_heads: must be 1 or hsa_kv_heads ({self.hsa_kv_heads}), is {self.retrieval_heads}")
+            found.append(
+                f"model.retrieval_heads: must be 1 or hsa_kv_heads ({self.hsa_kv_heads}), is {self.retrieval_heads}"
+            )
         if self.retrieval_dim % self.retrieval_heads:
-            found.append(f"model.retrieval_dim: {self.retrieval_dim} is no multiple of retrieval_heads {self.retrieval_heads}")
+            found.append(
+                f"model.retrieval_dim: {self.retrieval_dim} is no multiple of retrieval_heads {self.retrieval_heads}"
+            )
         if self.num_experts and self.experts_per_token > self.num_experts:
             found.append(f"model.experts_per_token: {self.experts_per_token} of {self.num_experts} experts")
         if self.head_dim % 2:
@@ -93,7 +103,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model: all of them, those of the embeddings (input, and output when untied), and those one token uses."""
+    """Parameters of a model: all of them, those of the embeddings (input, and output when untied), and those one token
+    uses.
+    """
 
     total: int
     embedding: int
@@ -122,7 +134,9 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         active += attention + (moe_active if model.uses_experts(layer) else dense)
     encoder_layer = 4 * h * query + 2 * d + 3 * h * model.encoder_ffn_hidden_size + 2 * h
     memory = 2 * h * model.hsa_kv_heads * d + d + h * model.retrieval_dim + model.retrieval_dim // model.retrieval_heads
-    encoder = h + model.encoder_layers * encoder_layer + h + memory  # [CLS], layers, final norm, projections to the memory
+    encoder = (
+        h + model.encoder_layers * encoder_layer + h + memory
+    )  # [CLS], layers, final norm, projections to the memory
     embedding = model.vocab_size * h * (1 if model.tied_embeddings else 2)
     rest = encoder + h + embedding  # final norm
     return ParameterCount(total=total + rest, embedding=embedding, active=active + rest)

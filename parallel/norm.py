@@ -11,8 +11,8 @@ from parallel.compat import TransformerConfig
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, returned in the dtype of x.
 
-    Megatron's own fallback refuses sequence parallelism, hence this one: the gain is marked so that its gradient is summed
-    over the ranks that each hold a part of the sequence.
+    Megatron's own fallback refuses sequence parallelism, hence this one: the gain is marked so that its gradient is
+    summed over the ranks that each hold a part of the sequence.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:

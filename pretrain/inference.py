@@ -1,9 +1,10 @@
 """Reading a long prompt and continuing it: segment by segment, with state of bounded size besides the context memory.
 
 Why a prompt costs linear time, exactly. HSA layers read only the context memory, which is made from the lower decoder's
-output. The lower decoder is sliding-window attention, so it can be run segment by segment with the last `window - 1` keys and
-values of each layer. The upper decoder's windows reach back at most sum(window - 1) tokens in all, so for the next token only
-that last stretch of the prompt has to pass the upper decoder at all. `full_prefill` runs it over everything, for comparison.
+output. The lower decoder is sliding-window attention, so it can be run segment by segment with the last `window - 1`
+keys and values of each layer. The upper decoder's windows reach back at most sum(window - 1) tokens in all, so for the
+next token only that last stretch of the prompt has to pass the upper decoder at all. `full_prefill` runs it over
+everything, for comparison.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pretrain.model import HSAModel
 
 
 class GrowingMemory:
-    """Context memory that chunks are appended to; buffers double, so appending costs amortised constant time per chunk."""
+    """Context memory that chunks are appended to; buffers double, so appending costs constant time on average."""
 
     def __init__(self) -> None:
         self.chunks = 0
@@ -53,8 +54,8 @@ class GrowingMemory:
 class InferenceEngine:
     """Streams tokens through a model.
 
-    window, hsa_window in tokens; top_k in chunks (None: all visible); segment: tokens per forward pass while a prompt is read.
-    All sequences of a batch have the same length.
+    window, hsa_window in tokens; top_k in chunks (None: all visible); segment: tokens per forward pass while a prompt
+    is read. All sequences of a batch have the same length.
     """
 
     def __init__(
@@ -80,8 +81,8 @@ class InferenceEngine:
         self.device = next(model.parameters()).device
         windows = [hsa_window if layer.has_hsa else window for layer in self.upper if layer.has_window]
         self.receptive_field = 1 + sum(size - 1 for size in windows)
-        # Only differences of positions matter inside a window, so angles are counted from the left end of the halo: they stay
-        # small however long the text is (an absolute position of 16M would have no fp32 precision left).
+        # Only differences of positions matter inside a window, so angles are counted from the left end of the halo:
+        # they stay small however long the text is (an absolute position of 16M would have no fp32 precision left).
         self._angles = model.rotary_pos_emb(segment + max(window, hsa_window))
         self.reset()
 
@@ -92,7 +93,8 @@ class InferenceEngine:
         self._pending: Tensor | None = None  # lower output of the chunk that is not complete yet (n, B, hidden)
         self._memory = GrowingMemory()
 
-    # -------------------------------------------------------------------------------------------------------- public calls
+    # -------------------------------------------------------------------------------------------------------- public
+    # calls
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> Tensor:
@@ -145,13 +147,16 @@ class InferenceEngine:
         self.reset()
         return torch.cat(losses, dim=1)
 
-    # ------------------------------------------------------------------------------------------------------------- insides
+    # -------------------------------------------------------------------------------------------------------------
+    # insides
 
     def _evaluating(self) -> _Evaluating:
         return _Evaluating(self.model, self.settings)
 
     def _read(self, tokens: Tensor) -> Tensor:
-        """Embedding, lower decoder and, for every chunk they complete, the encoder. Returns the lower output (L, B, hidden)."""
+        """Embedding, lower decoder and, for every chunk they complete, the encoder. Returns the lower output (L, B,
+        hidden).
+        """
         hidden = self._layers(self.lower, self.model.embed(tokens), memory=None, query_offset=self.position)
         self.position += tokens.shape[1]
         pending = hidden if self._pending is None else torch.cat((self._pending, hidden))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from parallel.compat import (
     RotaryEmbedding,
     TransformerBlock,
     TransformerConfig,
+    parallel_state,
 )
 from parallel.layers import decoder_specs
 from parallel.mesh import ParallelConfig
@@ -94,7 +96,8 @@ def transformer_config(
 class HSAModel(LanguageModule):
     """Embedding, decoder and output layer.
 
-    tokens, labels (B, L) int64; documents (B, L) int32 or None (one document per row). L is a multiple of the chunk size.
+    tokens, labels (B, L) int64; documents (B, L) int32 or None (one document per row). L is a multiple of the chunk
+    size.
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, max_length: int) -> None:
@@ -168,15 +171,30 @@ def build_model(
         with torch.device("meta"):
             return HSAModel(config, model, max_length)
     built = HSAModel(config, model, max_length)
+    for name, parameter in built.named_parameters():
+        if ".local_experts." in name:
+            # Megatron reduces experts' gradients over the ranks that hold the same expert only.
+            parameter.allreduce = config.expert_model_parallel_size == 1
     initialize_weights(built, seed)
     return built.to(device)
 
 
-def initialize_weights(built: HSAModel, seed: int) -> None:
-    """Set every weight from the seed and the parameter's own name, so that it does not depend on building order or layout.
+def global_name(name: str, built: HSAModel) -> str:
+    """The parameter's name in the whole model: experts are numbered over all expert-parallel ranks."""
+    match = re.search(r"\.local_experts\.(\d+)\.", name)
+    if match is None:
+        return name
+    local = built.config.num_moe_experts // built.config.expert_model_parallel_size
+    number = parallel_state.get_expert_model_parallel_rank() * local + int(match[1])
+    return f"{name[: match.start(1)]}{number}{name[match.end(1) :]}"
 
-    Normal with `init_std`; projections that write into the residual stream are scaled by 1 / sqrt(2 * layers) as in Megatron.
-    Gains stay 1.
+
+def initialize_weights(built: HSAModel, seed: int) -> None:
+    """Set every weight from the seed and the parameter's own name, so that it does not depend on building order or
+    layout.
+
+    Normal with `init_std`; projections that write into the residual stream are scaled by 1 / sqrt(2 * layers) as in
+    Megatron. Gains stay 1.
     """
     std = built.model.init_std
     residual_std = std / math.sqrt(2 * built.model.num_layers)
@@ -185,7 +203,7 @@ def initialize_weights(built: HSAModel, seed: int) -> None:
             if parameter.dim() == 1 and not name.endswith("encoder.cls"):
                 parameter.fill_(1.0)
                 continue
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            digest = hashlib.sha256(f"{seed}/{global_name(name, built)}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             values = torch.empty(parameter.shape, dtype=torch.float32)
             writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))

@@ -1,8 +1,8 @@
 """The recipe: one typed container for a run, read from YAML, changed by `key=value` overrides, checked as a whole.
 
-Reading goes: YAML file -> overrides -> unknown keys refused (with the nearest known one) -> preset filled in -> types by
-OmegaConf -> sizes like "16k" made integers -> rules that join several fields (`check`). Everything wrong is a `RecipeError`
-that names the key; nothing here touches a GPU, the data or the network.
+Reading goes: YAML file -> overrides -> unknown keys refused (with the nearest known one) -> preset filled in -> types
+by OmegaConf -> sizes like "16k" made integers -> rules that join several fields (`check`). Everything wrong is a
+`RecipeError` that names the key; nothing here touches a GPU, the data or the network.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ from parallel.mesh import ParallelConfig
 from parallel.model_config import ModelConfig
 from parallel.optimizer import OptimizerSettings
 from pretrain.errors import RecipeError
+from pretrain.evaluation.units import parse_metric
 from pretrain.tracking import TrackingConfig
 from recipes import PRESETS_DIR, RECIPES_DIR
 from slurm.config import SlurmConfig
 
-# May differ between two starts of one run directory (DESIGN: everything else is refused unless asked for explicitly).
-FREE_ON_RESUME = ("max_steps", "parallel", "device", "checkpoint", "tracking", "slurm")
-
 
 @dataclass
 class Until:
-    """When a stage ends: after `tokens` of this stage, or once `metric` has reached `at_least` (then at `max_tokens` at the latest).
+    """When a stage ends: after `tokens` of this stage, or once `metric` has reached `at_least` (then at `max_tokens` at
+    the latest).
 
-    metric: `niah.<task>@<length>`, the exact-match accuracy of the model's own greedy answers, measured every `every_steps`
-    steps on `samples` samples of held-out text. task: single | multikey | multiquery | variable_tracking.
+    metric: `niah.<task>@<length>`, the exact-match accuracy of the model's own greedy answers, measured every
+    `every_steps` steps on `samples` samples of held-out text. task: single | multikey | multiquery | variable_tracking.
     """
 
     tokens: Any = None
@@ -134,7 +133,8 @@ class LoadedRecipe:
     frozen: dict[str, Any]
 
 
-# ------------------------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------------------------------
+# reading
 
 
 def find_recipe(recipe: str) -> Path:
@@ -177,7 +177,7 @@ def load_recipe(recipe: str, overrides: typing.Sequence[str] = (), *, clashes_ar
 
 
 def recipe_from_container(raw: dict[str, Any], *, where: str) -> LoadedRecipe:
-    """Typed recipe from a plain container (a recipe file or RUN/recipe.yaml); unknown keys and wrong types are errors."""
+    """Typed recipe from a plain container (recipe file or RUN/recipe.yaml); unknown keys, wrong types are errors."""
     raw = OmegaConf.to_container(OmegaConf.create(raw))
     assert isinstance(raw, dict)
     refuse_unknown_keys(raw, Recipe, "", where)
@@ -204,7 +204,9 @@ def fill_preset(model: dict[str, Any], where: str) -> dict[str, Any]:
     name = model.get("preset", "demo")
     known = sorted(p.stem for p in PRESETS_DIR.glob("*.yaml"))
     if name not in known:
-        raise RecipeError(f"{where}: model.preset: no preset {name!r}{nearest(str(name), known)}; there are {', '.join(known)}")
+        raise RecipeError(
+            f"{where}: model.preset: no preset {name!r}{nearest(str(name), known)}; there are {', '.join(known)}"
+        )
     preset = OmegaConf.to_container(OmegaConf.load(PRESETS_DIR / f"{name}.yaml"))
     assert isinstance(preset, dict)
     return {**preset, **model, "preset": name}
@@ -243,7 +245,7 @@ _STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted key of a plain container: `optimizer.lr=1e-3`, `stages[0].window=32`, `stages.warmup.window=32`."""
+    """Set one dotted key of a plain container: `optimizer.lr=1e-3`, `stages[0].window=32`, `stages.warmup.window=9`."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -260,7 +262,9 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             target = target[index]
         else:
             if not isinstance(target, dict) or step.startswith("["):
-                raise RecipeError(f"override {override!r}: {'.'.join(steps[:position])} is not something with a field {step!r}")
+                raise RecipeError(
+                    f"override {override!r}: {'.'.join(steps[:position])} is not something with a field {step!r}"
+                )
             if last:
                 target[step] = value
             elif target.get(step) is None:
@@ -279,7 +283,8 @@ def _list_index(items: list[Any], step: str, override: str) -> int:
     raise RecipeError(f"override {override!r}: no entry {text!r}; there are {len(items)}: {', '.join(map(str, names))}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- checking
+# -----------------------------------------------------------------------------------------------------------------
+# checking
 
 _SUFFIX = {"k": 1 << 10, "m": 1 << 20}
 
@@ -305,7 +310,9 @@ def normalise(recipe: Recipe, where: str) -> None:
         try:
             setattr(owner, name, parse_size(value))
         except (ValueError, TypeError):
-            raise RecipeError(f"{where}: {label}.{name}: {value!r} is not a whole number like 512, 16k or 8e12") from None
+            raise RecipeError(
+                f"{where}: {label}.{name}: {value!r} is not a whole number like 512, 16k or 8e12"
+            ) from None
 
     for stage in recipe.stages:
         label = f"stages.{stage.name}"
@@ -321,12 +328,11 @@ def normalise(recipe: Recipe, where: str) -> None:
     size(recipe.checkpoint, "keep_every_tokens", "checkpoint")
 
 
-METRIC = re.compile(r"niah\.(single|multikey|multiquery|variable_tracking)@(\d+[kmKM]?)")
-
-
 def check(recipe: Recipe) -> tuple[list[str], list[str]]:
-    """Rules that join several fields. Returns what is wrong whatever the model, and what clashes with the model's preset."""
-    errors: list[str] = recipe.model.problems()
+    """Rules that join several fields. Returns what is wrong whatever the model, and what clashes with the model's
+    preset.
+    """
+    errors: list[str] = recipe.model.problems() + recipe.optimizer.problems()
     clashes: list[str] = []
 
     def one_of(label: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -369,7 +375,9 @@ def check_stage(recipe: Recipe, stage: StageConfig) -> tuple[list[str], list[str
     if stage.top_k is not None and stage.top_k < 1:
         errors.append(f'{label}.top_k: must be positive or "full", is {stage.top_k}')
     if stage.learning_rate.schedule not in ("constant", "linear", "cosine"):
-        errors.append(f"{label}.learning_rate.schedule: {stage.learning_rate.schedule!r} is none of constant, linear, cosine")
+        errors.append(
+            f"{label}.learning_rate.schedule: {stage.learning_rate.schedule!r} is none of constant, linear, cosine"
+        )
     if stage.data.mix is not None and stage.data.mix not in recipe.data.mixes:
         there = ", ".join(recipe.data.mixes) or "none"
         errors.append(f"{label}.data.mix: no mix {stage.data.mix!r} in data.mixes (there: {there})")
@@ -377,14 +385,16 @@ def check_stage(recipe: Recipe, stage: StageConfig) -> tuple[list[str], list[str
     if lanes < 1 or batch < 1 or batch % lanes:
         good = max(1, round(batch / max(lanes, 1))) * max(lanes, 1)
         errors.append(
-            f"{label}.batch: {batch} sequences cannot be shared by data.lanes {lanes}: batch must be a multiple, such as {good}"
+            f"{label}.batch: {batch} sequences cannot be shared by data.lanes {lanes}, a multiple such as {good} can"
         )
     until = stage.until
     if (until.tokens is None) == (until.metric is None):
         errors.append(f"{label}.until: give either tokens, or metric with at_least and max_tokens")
     elif until.metric is not None:
-        if not METRIC.fullmatch(until.metric):
-            errors.append(f"{label}.until.metric: {until.metric!r} is not like niah.single@16k")
+        try:
+            parse_metric(until.metric)
+        except RecipeError as error:
+            errors.append(f"{label}.until.metric: {error}")
         if until.at_least is None or until.max_tokens is None:
             errors.append(f"{label}.until: a metric needs at_least and max_tokens")
         if until.every_steps < 1 or until.samples < 1:
@@ -395,17 +405,21 @@ def check_stage(recipe: Recipe, stage: StageConfig) -> tuple[list[str], list[str
 
 
 def effective_micro_batch(recipe: Recipe, stage: StageConfig, data_parallel: int) -> int:
-    """Sequences per forward pass; RecipeError unless batch = data_parallel x micro-batch x whole number of accumulations."""
+    """Sequences per forward pass; RecipeError unless batch = data_parallel x micro-batch x whole number of
+    accumulations.
+    """
     batch, lanes = recipe.stage_batch(stage), recipe.data.lanes
     if lanes % data_parallel:
         works = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
-        raise RecipeError(f"data.lanes: {lanes} lanes cannot be shared by {data_parallel} data-parallel ranks; sizes that work: {works}")
+        raise RecipeError(
+            f"data.lanes: {data_parallel} data-parallel ranks cannot share {lanes} lanes; sizes that work: {works}"
+        )
     share = batch // data_parallel
     micro = stage.micro_batch or recipe.micro_batch or share
     if micro < 1 or share % micro:
         works = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
         raise RecipeError(
-            f"stages.{stage.name}.micro_batch: {micro} does not divide the {share} sequences of each of the {data_parallel} "
-            f"data-parallel ranks; sizes that work: {works}"
+            f"stages.{stage.name}.micro_batch: {micro} does not divide the {share} sequences of each of the "
+            f"{data_parallel} data-parallel ranks; sizes that work: {works}"
         )
     return micro

@@ -1,0 +1,484 @@
+"""`hsa train`: start a run, or go on with it. The loop reads top to bottom like the training it is.
+
+One rank, torchrun or srun. Everything that can be wrong with the user's input is looked at before the model is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from parallel.mesh import check_topology, launched_rank, launched_world_size, resolve_device
+from pretrain.errors import RecipeError
+from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_batch, load_recipe
+from pretrain.run_dir import RunDir
+from pretrain.signals import StopRequest
+from pretrain.stages import Position, StageController
+
+REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped cleanly, wants to be started again
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `hsa train`."""
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, e.g. optimizer.lr=0.01")
+    parser.add_argument("--run-dir", type=Path, default=None, help="run directory (default: runs/NAME)")
+    parser.add_argument(
+        "--until-stage", default=None, metavar="NAME", help="stop with status 0 once this stage is done"
+    )
+    parser.add_argument(
+        "--allow-change",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="recipe keys that may differ from the run's frozen recipe; the change is recorded",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `hsa train`; returns the exit status."""
+    loaded = load_recipe(args.recipe, args.overrides)
+    recipe = loaded.recipe
+    names = [stage.name for stage in recipe.stages]
+    if args.until_stage is not None and args.until_stage not in names:
+        raise RecipeError(f"--until-stage {args.until_stage}: the recipe's stages are {', '.join(names)}")
+    run_dir = RunDir(args.run_dir or Path("runs") / recipe.name)
+    check_input(recipe, launched_world_size())
+    if run_dir.exists() and nothing_to_do(run_dir, recipe, args.until_stage):
+        if launched_rank() == 0:
+            print(f"{run_dir.path}: nothing left to train")
+        return 0
+    stop = StopRequest()
+    try:
+        with Training(loaded, run_dir, allow=args.allow_change, until_stage=args.until_stage, stop=stop) as training:
+            return training.run()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"hsa: {run_dir.path}: the disk is full: {error}. Free some space and run the same command again.",
+            flush=True,
+        )
+        return 1
+    finally:
+        stop.close()
+
+
+def check_input(recipe: Recipe, world_size: int) -> None:
+    """Everything that can be wrong with topology, device and data, before a process group, a GPU or the run directory
+    is used.
+    """
+    from data_pipeline.lanes import open_stream
+    from data_pipeline.tokenizer import load_tokenizer
+
+    model, parallel = recipe.model, recipe.parallel
+    for form in ("tensor", "context", "pipeline"):
+        if getattr(parallel, form) > 1:
+            raise RecipeError(
+                f"parallel.{form}: {getattr(parallel, form)} is not supported yet, set it to 1 "
+                "(data and expert parallelism work)"
+            )
+    for stage in recipe.stages:
+        data_parallel = check_topology(
+            parallel,
+            world_size,
+            num_layers=model.num_layers,
+            num_heads=model.num_heads,
+            num_experts=model.num_experts,
+            context_length=stage.context,
+            chunk_size=model.chunk_size,
+            lanes=recipe.data.lanes,
+            batch=recipe.stage_batch(stage),
+        )
+        effective_micro_batch(recipe, stage, data_parallel)
+    resolve_device(recipe.device)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise RecipeError(
+            f"data.tokenizer: {recipe.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
+            f"{model.vocab_size}: use the preset's own tokenizer, or set model.vocab_size"
+        )
+    for stage in recipe.stages:
+        open_stream(recipe.data, **stream_arguments(recipe, stage, lane_ids=range(recipe.data.lanes))).close()
+
+
+def stream_arguments(recipe: Recipe, stage: StageConfig, *, lane_ids: Any) -> dict[str, Any]:
+    """Arguments of `open_stream` for one stage."""
+    return {
+        "lanes": recipe.data.lanes,
+        "lane_ids": list(lane_ids),
+        "batch": recipe.stage_batch(stage),
+        "context": stage.context,
+        "chunk_size": recipe.model.chunk_size,
+        "seed": recipe.seed,
+        "mix": stage.data.mix,
+        "synthetic": stage.data.synthetic or None,
+    }
+
+
+def nothing_to_do(run_dir: RunDir, recipe: Recipe, until_stage: str | None) -> bool:
+    """True when the run is finished, has done `max_steps`, or has left the stage asked for. Reads only."""
+    run = run_dir.read_run()
+    if run.get("finished"):
+        return True
+    position = run.get("position") or {}
+    if recipe.max_steps is not None and position.get("step", 0) >= recipe.max_steps:
+        return True
+    return until_stage is not None and any(entry["stage"] == until_stage for entry in position.get("exits", []))
+
+
+@dataclass
+class StopReason:
+    """Why the loop ended: `status` is the process's exit status, `requeue` asks Slurm for another start."""
+
+    text: str
+    status: int
+    requeue: bool = False
+
+
+class Training:
+    """One start of one run: everything between the checks and the exit status. Leaving the context cleans up."""
+
+    def __init__(
+        self, loaded: LoadedRecipe, run_dir: RunDir, *, allow: list[str], until_stage: str | None, stop: StopRequest
+    ) -> None:
+        self.loaded = loaded
+        self.recipe = loaded.recipe
+        self.run_dir = run_dir
+        self.allow = allow
+        self.until_stage = until_stage
+        self.stop = stop
+        self._cleanup = contextlib.ExitStack()
+
+    def __enter__(self) -> Training:
+        try:
+            self._set_up()
+        except BaseException:
+            self._cleanup.close()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None and hasattr(self, "tracker"):
+            self.tracker.close("FAILED")
+        self._cleanup.close()
+
+    # ------------------------------------------------------------------------------------------------------------
+    # set-up
+
+    def _set_up(self) -> None:
+        import torch
+        from parallel.checkpoint import clean_temporary, find_latest
+
+        from parallel import mesh
+        from pretrain.console import Console
+        from pretrain.hardware import peak_flops
+        from pretrain.metrics_log import MetricsLog
+        from pretrain.tracking import Tracker
+
+        recipe = self.recipe
+        # The writer claims the directory first: a second `hsa train` on it must stop before it starts a process group.
+        if launched_rank() == 0:
+            self.run_dir.create()
+            self.run_dir.acquire()
+            self._cleanup.callback(self.run_dir.release)
+            if self.run_dir.exists():
+                self.run_dir.resume(self.loaded.frozen, allow=self.allow)
+            clean_temporary(self.run_dir.checkpoints)
+        self.device = mesh.initialize(recipe.parallel, recipe.device, seed=recipe.seed)
+        self._cleanup.callback(mesh.shutdown)
+        self.is_writer = mesh.is_writer()
+        deterministic = recipe.deterministic if recipe.deterministic is not None else self.device.type == "cpu"
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=self.device.type == "cuda")
+        self._build(deterministic)
+
+        checkpoint = mesh.broadcast_object(find_latest(self.run_dir.checkpoints) if self.is_writer else None)
+        self.controller = StageController(recipe)
+        self.lanes: dict[Any, Any] | None = None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        position = self.controller.position
+        if self.is_writer and not self.run_dir.exists():
+            self.run_dir.begin(self.loaded.frozen, name=recipe.name, plan=self.controller.plan())
+        restarts = 0
+        if self.is_writer:
+            restarts = self.run_dir.record_start(step=position.step, ranks=mesh.world_size())
+            self.metrics = MetricsLog(self.run_dir.metrics_path, resume_step=position.step)
+            self._cleanup.callback(self.metrics.close)
+        plan = self.controller.plan()
+        peak = peak_flops(self.device, recipe.precision)
+        self.console = Console(
+            plan["total_steps"],
+            is_writer=self.is_writer,
+            step=position.step,
+            tokens=position.tokens,
+            peak_flops=peak * mesh.world_size() if peak else None,
+        )
+        self._cleanup.callback(self.console.close)
+        self.console.say(
+            f"{recipe.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f}M parameters on this rank, "
+            f"{mesh.world_size()} rank(s), {self.device}, {recipe.precision}; run directory {self.run_dir.path}"
+        )
+        if restarts:
+            self.console.say(
+                f"resumed at step {position.step} ({position.tokens:,} tokens), start number {restarts + 1}"
+            )
+        self.tracker = Tracker(
+            self.run_dir,
+            OmegaConf.structured(recipe.tracking),
+            is_writer=self.is_writer,
+            params=self.loaded.frozen,
+            resume_step=position.step,
+            say=self.console.say,
+        )
+        self.saved_at = time.monotonic()
+        self.saved_step = position.step if checkpoint is not None else -1
+
+    def _build(self, deterministic: bool) -> None:
+        """Model, Megatron's gradient reduction, optimizer."""
+        from parallel.optimizer import build_optimizer, wrap_model
+        from pretrain.model import build_model
+
+        recipe = self.recipe
+        self.model = build_model(
+            recipe.model,
+            max_length=max(stage.context for stage in recipe.stages),
+            seed=recipe.seed,
+            parallel=recipe.parallel,
+            bf16=recipe.precision == "bf16",
+            recompute=recipe.recompute,
+            deterministic=deterministic,
+            device=self.device,
+        )
+        self.chunks = wrap_model([self.model], recipe.optimizer)
+        self.optimizer = build_optimizer(recipe.optimizer, self.chunks)
+
+    def _restore(self, checkpoint: Path) -> None:
+        from parallel.checkpoint import load_checkpoint
+
+        extra = load_checkpoint(checkpoint, self.chunks, self.optimizer)
+        self.controller.position = Position(**extra["position"])
+        self.lanes = extra["lanes"]
+
+    # --------------------------------------------------------------------------------------------------------------
+    # loop
+
+    def run(self) -> int:
+        """Train until something says stop; returns the exit status."""
+        from parallel import mesh
+
+        reason = StopReason("the recipe is done", 0)
+        while not self.controller.position.finished:
+            stopped = self._run_stage()
+            if stopped is not None:
+                reason = stopped
+                break
+        position = self.controller.position
+        if self.saved_step != position.step or position.finished:
+            self._save()
+        if self.is_writer:
+            self.run_dir.update_run(finished=position.finished, plan=self.controller.plan())
+            if reason.requeue:
+                self.run_dir.request_requeue()
+        self.console.say(f"stopped at step {position.step}: {reason.text}")
+        self.tracker.close("FINISHED" if position.finished else "KILLED")
+        mesh.barrier()
+        return reason.status
+
+    def _run_stage(self) -> StopReason | None:
+        """Train in the stage going on. None when the stage has ended, else why the run stops here."""
+        controller = self.controller
+        stage, position = controller.stage, controller.position
+        self.model.set_schedule(window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k)
+        self._banner(stage)
+        self.tracker.stage_started(stage.name, position.stage)
+        with self._stream(stage) as stream:
+            step = self._make_step(stream.domain_names)
+            while True:
+                early = self._stop_before_step()
+                if early is not None:
+                    return early
+                started = time.perf_counter()
+                batch = stream.next_batch()
+                waited = time.perf_counter() - started
+                rate = self._set_learning_rate()
+                result = step(batch, self.micro_batch, wants_stop=self.stop.received is not None)
+                controller.advance()
+                self.lanes = stream.state_dict()
+                self._log(stage, result, rate, time.perf_counter() - started, waited)
+                metric = self._probe(stage) if controller.probe_due() else None
+                leaving = controller.exit_reason(metric)
+                if leaving is not None:
+                    self._leave(stage, leaving, metric)
+                    return self._stop_after_stage(stage, result.stop)
+                if result.stop:
+                    return StopReason(
+                        f"asked to stop ({self.stop.received or 'by another rank'})", REQUEUE_STATUS, True
+                    )
+                if self._checkpoint_due():
+                    self._save()
+
+    def _stop_before_step(self) -> StopReason | None:
+        limit = self.recipe.max_steps
+        if limit is not None and self.controller.position.step >= limit:
+            return StopReason(f"max_steps {limit} reached", 0)
+        return None
+
+    def _stop_after_stage(self, stage: StageConfig, asked: int) -> StopReason | None:
+        if self.controller.position.finished:
+            return None
+        if asked:
+            return StopReason(f"asked to stop ({self.stop.received or 'by another rank'})", REQUEUE_STATUS, True)
+        if stage.name == self.until_stage:
+            return StopReason(f"stage {stage.name} is done", 0)
+        self._save()
+        return None
+
+    def _leave(self, stage: StageConfig, reason: str, metric: float | None) -> None:
+        self.console.say(f"stage {stage.name} ends at step {self.controller.position.step}: {reason}")
+        self.controller.leave_stage(reason, metric)
+        self.tracker.stage_finished(stage.name)
+        if self.is_writer:
+            self.run_dir.update_run(plan=self.controller.plan())
+
+    # -------------------------------------------------------------------------------------------------------------
+    # pieces
+
+    def _banner(self, stage: StageConfig) -> None:
+        from pretrain.plan import stage_flops_per_token
+
+        batch = self.recipe.stage_batch(stage)
+        details = {
+            "context": stage.context,
+            "window": stage.window,
+            "top-k": stage.top_k or "full",
+            "batch": f"{batch} x {stage.context} tokens",
+            "mix": stage.data.mix or "default",
+            "synthetic": {**vars(self.recipe.data.synthetic), **stage.data.synthetic}["rate"],
+            "until": stage.until.metric or f"{stage.until.tokens:,} tokens",
+        }
+        self.console.stage(
+            stage.name,
+            self.controller.position.stage,
+            len(self.recipe.stages),
+            details,
+            flops_per_token=stage_flops_per_token(self.recipe.model, stage),
+        )
+
+    @contextlib.contextmanager
+    def _stream(self, stage: StageConfig) -> Iterator[Any]:
+        """This rank's lanes of the stage's batches, at the position where training stands."""
+        from data_pipeline.lanes import open_stream
+        from data_pipeline.prefetch import PrefetchingStream
+        from parallel import mesh
+
+        lanes, ranks, rank = self.recipe.data.lanes, mesh.data_size(), mesh.data_rank()
+        stream: Any = open_stream(
+            self.recipe.data, **stream_arguments(self.recipe, stage, lane_ids=range(rank, lanes, ranks))
+        )
+        if self.lanes is not None:
+            stream.load_state_dict(self.lanes)
+        if self.recipe.data.prefetch:
+            stream = PrefetchingStream(stream, depth=self.recipe.data.prefetch)
+        self.micro_batch = effective_micro_batch(self.recipe, stage, ranks)
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+    def _make_step(self, domains: list[str]) -> Any:
+        from pretrain.train_step import TrainStep
+
+        return TrainStep(self.chunks[0], self.optimizer, domains, self.device)
+
+    def _set_learning_rate(self) -> float:
+        """Set every parameter group's rate for the step to come; returns the recipe's `lr` at this step."""
+        factor = self.controller.learning_rate_factor()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["max_lr"] * factor
+            group["weight_decay"] = group["wd_mult"] * self.recipe.optimizer.weight_decay
+        return self.recipe.optimizer.lr * factor
+
+    def _log(self, stage: StageConfig, result: Any, rate: float, seconds: float, waited: float) -> None:
+        if not self.is_writer:
+            return
+        position = self.controller.position
+        record = {
+            "step": position.step,
+            "stage": stage.name,
+            "tokens": position.tokens,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "step_seconds": seconds,
+            "data_wait_seconds": waited,
+            **{f"loss/{name}": loss for name, loss in result.domain_losses.items()},
+        }
+        self.metrics.append(record)
+        self.console.step(record)
+        self.tracker.step_logged()
+
+    def _probe(self, stage: StageConfig) -> float:
+        """Measure the stage's exit metric; the writer's value counts on every rank."""
+        from parallel import mesh
+        from pretrain.probes import measure
+
+        until, position = stage.until, self.controller.position
+        assert until.metric is not None
+        value, record = measure(self.model, self.recipe, stage, until.metric, samples=until.samples)
+        value = mesh.broadcast_object(value)
+        self.console.say(f"probe at step {position.step}: {until.metric} = {value:.3f}")
+        self.tracker.log_evaluation({"name": until.metric, "stage": stage.name, **record}, position.step)
+        return value
+
+    def _checkpoint_due(self) -> bool:
+        """True when the recipe's interval has passed; the writer's clock counts on every rank."""
+        from parallel import mesh
+
+        config = self.recipe.checkpoint
+        if config.every_steps and (self.controller.position.step - max(self.saved_step, 0)) >= config.every_steps:
+            return True
+        if config.every_minutes is None:
+            return False
+        return mesh.broadcast_object(time.monotonic() - self.saved_at >= 60 * config.every_minutes)
+
+    def _save(self) -> None:
+        from parallel.checkpoint import save_checkpoint
+
+        position = self.controller.position
+        if self.is_writer:
+            self.metrics.sync()
+        save_checkpoint(
+            self.run_dir.checkpoints,
+            position.step,
+            self.chunks,
+            self.optimizer,
+            extra={"position": position.as_dict(), "lanes": self.lanes, "model": vars(self.recipe.model)},
+            keep_last=self.recipe.checkpoint.keep_last,
+            keep=self._keep_forever,
+        )
+        if self.is_writer:
+            self.run_dir.update_run(position=position.as_dict())
+        self.saved_at, self.saved_step = time.monotonic(), position.step
+
+    def _keep_forever(self, step: int) -> bool:
+        """True for checkpoints that rotation must leave: about one per `keep_every_tokens`."""
+        every = self.recipe.checkpoint.keep_every_tokens
+        if not every:
+            return False
+        stage = self.controller.stage
+        tokens_per_step = self.recipe.stage_batch(stage) * stage.context
+        interval = max(1, round(every / tokens_per_step))
+        return step % interval == 0

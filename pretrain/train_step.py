@@ -1,0 +1,109 @@
+"""One optimisation step: micro-batches through Megatron's forward-backward schedule, gradients scaled, parameters
+moved.
+
+The objective of a step is the weighted mean of the token losses over the GLOBAL batch: sum(weight * nll) / sum(weight).
+The sum of weights is known only after all ranks have seen their micro-batches, so every backward pass runs on plain
+sums, and the gradients are divided once, after they were summed over the ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import PackedBatch
+from parallel.compat import DistributedDataParallel, finalize_model_grads, get_forward_backward_func, parallel_state
+from pretrain.model import HSAModel
+
+_FIELDS = ("tokens", "labels", "loss_weights", "documents", "domains")
+
+
+@dataclass
+class StepResult:
+    """What one step says of itself, over all ranks.
+
+    loss: the objective, nats per weighted token. domain_losses: plain mean nll per domain name, for domains that had
+    tokens. stop: number of ranks that want to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    domain_losses: dict[str, float]
+    stop: int
+
+
+class TrainStep:
+    """Runs steps on one model; `domains` names the ids in a batch's `domains`."""
+
+    def __init__(
+        self, model: DistributedDataParallel, optimizer: Any, domains: list[str], device: torch.device
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.domains = domains
+        self.device = device
+        self.config = model.config
+        self.config.finalize_model_grads_func = self._finalize
+        self._sums = torch.zeros(0)
+
+    def __call__(self, batch: PackedBatch, micro_batch: int, *, wants_stop: bool) -> StepResult:
+        """Train on this rank's share of a global batch; the step's numbers are those of the global batch."""
+        # weighted loss, weights, wish to stop, then nll and tokens per domain
+        self._sums = torch.zeros(3 + 2 * len(self.domains), dtype=torch.float64, device=self.device)
+        self._sums[2] = float(wants_stop)
+        count = batch.tokens.shape[0] // micro_batch
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=self._micro_batches(batch, micro_batch),
+            model=[self.model],
+            num_microbatches=count,
+            seq_length=batch.tokens.shape[1],
+            micro_batch_size=micro_batch,
+            forward_only=False,
+        )
+        _ok, grad_norm, _zeros = self.optimizer.step()
+        sums = self._sums.tolist()
+        domain = sums[3:]
+        losses = {name: domain[2 * i] / domain[2 * i + 1] for i, name in enumerate(self.domains) if domain[2 * i + 1]}
+        return StepResult(sums[0] / max(sums[1], 1e-9), float(grad_norm), losses, round(sums[2]))
+
+    def _micro_batches(self, batch: PackedBatch, size: int) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, batch.tokens.shape[0], size):
+            yield {
+                name: getattr(batch, name)[start : start + size].to(self.device, non_blocking=True) for name in _FIELDS
+            }
+
+    def _forward(self, micro_batches: Iterator[dict[str, Tensor]], model: HSAModel) -> tuple[Tensor, Any]:
+        micro = next(micro_batches)
+        losses = model(micro["tokens"], labels=micro["labels"], documents=micro["documents"])
+        return losses, functools.partial(self._loss, micro)
+
+    def _loss(self, micro: dict[str, Tensor], losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        weights = micro["loss_weights"]
+        weighted = (losses * weights).sum()
+        with torch.no_grad():
+            counted = weights > 0
+            self._sums[0] += weighted.double()
+            self._sums[1] += weights.double().sum()
+            domains = micro["domains"][counted].long()
+            if domains.numel():
+                self._sums[3::2].index_add_(0, domains, losses.detach()[counted].double())
+                self._sums[4::2].index_add_(0, domains, torch.ones_like(domains, dtype=torch.float64))
+        return weighted, counted.sum().to(torch.int), {}
+
+    def _finalize(self, model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        """Megatron's reduction of gradients, then ours: divide by the global sum of weights."""
+        finalize_model_grads(model, None, **kwargs)
+        torch.distributed.all_reduce(
+            self._sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+        scale = 1.0 / max(float(self._sums[1]), 1e-9)
+        for chunk in model:
+            chunk.scale_gradients(scale)
