@@ -67,7 +67,10 @@ class ModelConfig:
     def problems(self) -> list[str]:
         """Everything that makes these sizes impossible, each as `field: what is wrong`."""
         found = []
-        positive = ["vocab_size", "hidden_size", "ffn_hidden_size", "lower_layers", "upper_layers", "num_heads", "head_dim", "swa_kv_heads", "hsa_kv_heads", "retrieval_heads", "retrieval_dim", "chunk_size", "encoder_layers", "encoder_ffn_hidden_size", "hsa_layers"]
+        positive = (
+            "vocab_size hidden_size ffn_hidden_size lower_layers upper_layers num_heads head_dim swa_kv_heads "
+            "hsa_kv_heads retrieval_heads retrieval_dim chunk_size encoder_layers encoder_ffn_hidden_size hsa_layers"
+        ).split()
         if self.num_experts:
             positive += ["experts_per_token", "expert_ffn_hidden_size", "shared_expert_ffn_hidden_size"]
         found += [
