@@ -372,12 +372,53 @@ def _repair_distributed_optimizer() -> None:
     optimizer_class._set_main_param_and_optimizer_states = set_main_param_and_states
 
 
+@contextlib.contextmanager
+def results_queue(factory: Callable[[], Any]) -> Iterator[None]:
+    """Let Megatron's checkpoint writers use ``factory()`` for results instead of a queue in a spawned process."""
+    module = sys.modules["megatron.core.dist_checkpointing.strategies.filesystem_async"]
+    original = module._get_write_results_queue  # type: ignore[attr-defined]
+    module._get_write_results_queue = factory  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module._get_write_results_queue = original  # type: ignore[attr-defined]
+
+
+class _Outcome:
+    """The queues Megatron's file writer reports to, for one file written in the caller's thread."""
+
+    value: Any = None
+
+    def put(self, value: Any) -> None:
+        self.value = value
+
+    def get(self) -> None: ...
+
+    def task_done(self) -> None: ...
+
+
+def write_bucket(bucket: Any) -> list[Any]:
+    """Write and sync one file of a checkpoint in this thread; returns Megatron's write results, raises what failed."""
+    module = sys.modules["megatron.core.dist_checkpointing.strategies.filesystem_async"]
+    outcome = _Outcome()
+    transforms = module._StorageWriterTransforms()  # type: ignore[attr-defined]
+    module.FileSystemWriterAsync.write_preloaded_data(  # type: ignore[attr-defined]
+        [transforms], 0, bucket, outcome, outcome, use_fsync=True
+    )
+    _, results = outcome.value
+    if isinstance(results, Exception):
+        raise results
+    return results
+
+
 def _quiet_known_warnings() -> None:
     """Silence, by their exact words, warnings that Megatron 0.16 causes in every run and that nobody can act on."""
     for message, category in (
         ("The .grad attribute of a Tensor that is not a leaf Tensor", UserWarning),  # optimizer shards of parameters
         ("full scope is deprecated. Use empty cuda_graph_scope", UserWarning),  # a default of TransformerConfig
         ("moe_ffn_hidden_size is not set", UserWarning),
+        ("`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),
+        ("Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
         ("`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
     ):
         warnings.filterwarnings("ignore", message=message, category=category)
@@ -416,6 +457,9 @@ from megatron.core.dist_checkpointing.optimizer import (
     make_sharded_optimizer_tensor,
     optim_state_to_sharding_state,
 )
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_finalize
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -505,5 +549,6 @@ from megatron.core.utils import (
     make_viewless_tensor,
     scaled_init_method_normal,
 )
+from torch.distributed.checkpoint import CheckpointException
 
 adopt_modules()

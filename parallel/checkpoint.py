@@ -1,0 +1,610 @@
+"""The distributed checkpoint: whole or absent, verified before use, rotated.
+
+Layout of one checkpoint, written through megatron.core.dist_checkpointing (format torch_dist)::
+
+    step_00001200/__*_*.distcp .metadata common.pt metadata.json    model and optimizer, by parameter name
+                  training.pt                                       scheduler, random states, the caller's extra
+                  manifest.json                                     size and sha256 of every file above
+
+It is written into ``.tmp-step_00001200`` beside it, synced, given its manifest, and renamed; the file ``latest`` (the
+newest name) is replaced after that and is only for people and scripts. Old checkpoints are renamed to ``.trash-...``
+before they are deleted. So whatever is called step_* is whole, whenever the process dies; ``clean_temporary`` removes
+what a killed process left. Optimizer state is stored in the shape of the parameters (fully_reshardable) and loads at
+any data-parallel size; on the same topology everything comes back bit for bit.
+
+``save_checkpoint`` and ``load_checkpoint`` are collective: every rank calls them. The other functions are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import queue
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from parallel import compat, mesh
+from parallel.errors import CheckpointError
+from parallel.optimizer import Optimizer, Scheduler
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+TRAINING = "training.pt"
+_STEP = re.compile(r"step_(\d{8,})")
+_TEMPORARY, _TRASH = ".tmp-", ".trash-"
+_HASH_BLOCK = 1 << 22
+
+# Checkpoints whose every byte this process has checked; saves a second reading between find_latest and load_checkpoint.
+_verified: set[Path] = set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and manifests
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is or will be."""
+    return directory / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; CheckpointError when the name is not that of a checkpoint."""
+    match = _STEP.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is not a checkpoint: its name should be step_ and eight digits")
+    return int(match[1])
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoint directories by step, oldest first, unverified; empty when the directory is missing."""
+    if not directory.is_dir():
+        return []
+    return sorted((p for p in directory.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)), key=step_of)
+
+
+def clean_temporary(directory: Path) -> None:
+    """Remove what killed saves and deletions left. For the process that owns the run directory, before it saves."""
+    if directory.is_dir():
+        for path in directory.iterdir():
+            if path.name.startswith((_TEMPORARY, _TRASH)):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sha256(path: Path, *, sync: bool = False) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_file(path: Path, text: str) -> None:
+    """Write a small file aside, sync it, and move it into place."""
+    aside = path.with_name(f"{_TEMPORARY}{path.name}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync_directory(path.parent)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; CheckpointError when it is missing or cannot be read."""
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        return {**manifest, "files": files}
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error})") from None
+
+
+def _damage(path: Path, files: dict[str, tuple[int, str]], share: slice = slice(None), *, hashes: bool = True) -> str:
+    """What is wrong with the files of a checkpoint, or "". Sizes of all, contents of this share of them."""
+    for name, (size, _) in files.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+    if hashes:
+        names = sorted(files)[share]
+        with ThreadPoolExecutor(min(8, len(names)) or 1) as pool:
+            try:
+                for name, digest in zip(names, pool.map(lambda name: _sha256(path / name), names), strict=True):
+                    if digest != files[name][1]:
+                        return f"the contents of {name} have changed (sha256)"
+            except OSError as error:
+                return f"{error.filename} cannot be read ({error.strerror})"
+    return ""
+
+
+def verify(path: Path) -> None:
+    """Check every byte of a checkpoint against its manifest; CheckpointError names what is wrong."""
+    damage = _damage(path, _read_manifest(path)["files"])
+    if damage:
+        raise CheckpointError(f"checkpoint {path} is damaged: {damage}")
+    _verified.add(path.resolve())
+
+
+def find_latest(directory: Path) -> Path | None:
+    """The newest checkpoint that verifies; None when there is none at all.
+
+    A damaged one is named in a warning and the one before it is tried. CheckpointError when all are damaged.
+    """
+    damaged = []
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            damaged.append(str(error))
+            logger.warning("%s; trying the one before it", error)
+    if damaged:
+        raise CheckpointError(
+            f"no usable checkpoint in {directory}: "
+            + "; ".join(damaged)
+            + ". Restore one of them from a copy, or move "
+            "the run directory away to start over"
+        )
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain state: random generators and the caller's extra, without pickle
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _pack(value: Any) -> Any:
+    """Replace numpy arrays and scalars, so that torch.load(weights_only=True) reads the result."""
+    if isinstance(value, np.ndarray):
+        return {"__ndarray__": torch.from_numpy(np.ascontiguousarray(value).view(np.uint8).reshape(-1).copy()),
+                "dtype": value.dtype.str, "shape": list(value.shape)}  # fmt: skip
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: _pack(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_pack(item) for item in value)
+    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.Tensor)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}: {value!r:.80}")
+
+
+def _unpack(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "__ndarray__" in value:
+            flat = value["__ndarray__"].numpy().view(np.dtype(value["dtype"]))
+            return flat.reshape(value["shape"]).copy()
+        return {key: _unpack(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_unpack(item) for item in value)
+    return value
+
+
+def random_states() -> dict[str, Any]:
+    """The states of every random generator of this process."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": compat.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Set every generator; a CUDA state is skipped where there is no CUDA."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    compat.get_cuda_rng_tracker().set_states(states["megatron"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharded state
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _metadata() -> dict[str, Any]:
+    """How Megatron shall lay out optimizer state: by parameter, without prefixes that depend on the layout."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }
+
+
+def _module(chunk: nn.Module) -> nn.Module:
+    """The model inside Megatron's DDP."""
+    return chunk.module if isinstance(chunk, compat.DistributedDataParallel) else chunk
+
+
+def _sharded_state(chunks: Sequence[nn.Module], optimizer: Optimizer | None, *, is_loading: bool) -> dict[str, Any]:
+    group = compat.parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {**_metadata(), "dp_cp_group": group}
+    state: dict[str, Any] = {}
+    for index, chunk in enumerate(chunks):
+        state[f"model{index}"] = _module(chunk).sharded_state_dict(metadata=metadata)
+    if optimizer is not None:
+        optimizer.init_state()
+        models = {name: value for name, value in state.items() if name.startswith("model")}
+        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _tensors(state: Any) -> Iterator[compat.ShardedTensor]:
+    """All sharded tensors of a state, those behind factories included."""
+    for leaf in compat.nested_values(state):
+        if isinstance(leaf, compat.ShardedTensorFactory):
+            yield from _tensors(leaf.build())
+        elif isinstance(leaf, compat.ShardedTensor):
+            yield leaf
+
+
+def _bytes_to_write(state: dict[str, Any]) -> int:
+    """Bytes of tensor data this rank will write."""
+    total = 0
+    for tensor in _tensors(state):
+        replica = tensor.replica_id
+        main = replica == 0 if isinstance(replica, int) else all(index == 0 for index in replica)
+        if main and tensor.data is not None:
+            total += tensor.data.numel() * tensor.data.element_size()
+    return total
+
+
+class _SaveInProcess(compat.TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist strategy, written by threads of this process.
+
+    Megatron forks a process per file and spawns a manager process for their results. That costs seconds per save, runs
+    the user's __main__ again, and turns a full disk into a message about a dead worker.
+    """
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+        with compat.results_queue(queue.Queue):
+            return super().async_save(sharded_state_dict, checkpoint_dir)
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+        def write() -> None:
+            buckets = writer.preload_tensors(writer.write_buckets, non_blocking=False)
+            with ThreadPoolExecutor(max(1, len(buckets))) as pool:
+                try:
+                    results = list(pool.map(compat.write_bucket, buckets))
+                except Exception as error:  # handed to every rank by Megatron's finalisation
+                    writer.results_queue.put(error)
+                else:
+                    writer.results_queue.put(dict(enumerate(results)))
+
+        def finalize() -> None:
+            compat.save_state_dict_async_finalize(*save_state_dict_ret)
+
+        return compat.AsyncRequest(write if writer.write_buckets else None, [], [finalize])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    model_chunks: Sequence[nn.Module],
+    optimizer: Optimizer | None,
+    scheduler: Scheduler | None = None,
+    *,
+    extra: dict[str, Any],
+    keep_last: int = 3,
+    keep: Callable[[int], bool] | None = None,
+    blocking: bool = True,
+) -> Path:
+    """Write the checkpoint of ``step`` into ``directory`` and rotate the old ones; every rank calls this.
+
+    extra: small plain values, the same on every rank (rank 0's are stored), except extra["lanes"]: a dict of this
+    rank's data lanes, lane -> state, which is merged over the ranks. keep_last: how many of the newest checkpoints stay; keep:
+    which older steps stay as well. An existing checkpoint of the same step is replaced.
+
+    Raises OSError on a full disk: nothing half-written stays, earlier checkpoints are untouched.
+    """
+    assert blocking, "saving in the background is not there yet"
+    directory = directory.absolute()
+    final = step_path(directory, step)
+    temporary = directory / f"{_TEMPORARY}{final.name}"
+    training = {
+        "step": step,
+        "scheduler": scheduler.state_dict() if scheduler is not None else None,
+        "random": mesh.gather_objects(random_states()),
+        "extra": _merge_lanes(extra),
+    }
+    state = _sharded_state(model_chunks, optimizer, is_loading=False)
+    needed = sum(mesh.gather_objects(_bytes_to_write(state)))
+    _together(_prepare, directory, temporary, needed, step, on_writer=True)
+    try:
+        compat.dist_checkpointing.save(
+            state,
+            str(temporary),
+            _SaveInProcess("torch_dist", 1, thread_count=2 if needed > 1 << 28 else 1),
+            content_metadata=_metadata(),
+        )
+    except compat.CheckpointException as error:  # raised on every rank alike
+        mesh.barrier()
+        if mesh.is_writer():
+            _remove(temporary)
+        raise _explain(error, directory, step, needed) from error
+    except (OSError, RuntimeError) as error:
+        # This rank alone knows. It must not enter another collective: it stops, and the launcher stops the others.
+        _remove(temporary)
+        raise _explain(error, directory, step, needed) from error
+    try:
+        _together(lambda: torch.save(_pack(training), temporary / TRAINING), on_writer=True)
+        names = sorted(path.name for path in temporary.iterdir())
+        share = names[mesh.rank() :: mesh.world_size()]
+        entries = _together(
+            lambda: {
+                name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name, sync=True)}
+                for name in share
+            }
+        )
+        files = {name: entry for part in entries for name, entry in part.items()}
+        _together(_publish, temporary, final, step, dict(sorted(files.items())), on_writer=True)
+    except (OSError, RuntimeError) as error:
+        if mesh.is_writer():
+            _remove(temporary)
+        raise _explain(error, directory, step, needed) from error
+    if mesh.is_writer():
+        _rotate(directory, final, max(1, keep_last), keep)
+    mesh.barrier()
+    return final
+
+
+def _together(function: Callable[..., Any], *args: Any, on_writer: bool = False) -> list[Any]:
+    """Call on every rank (or on rank 0 only) and return the results by rank.
+
+    An OSError or RuntimeError of one is raised on all, so that no rank waits for another that has given up.
+    """
+    result: Any = None
+    failure: tuple[int, str] | None = None
+    if mesh.is_writer() or not on_writer:
+        try:
+            result = function(*args)
+        except (OSError, RuntimeError) as error:
+            failure = (_errno(error) or errno.EIO, str(error))
+    outcomes = mesh.gather_objects((result, failure))
+    for _, failed in outcomes:
+        if failed is not None:
+            raise OSError(*failed)
+    return [value for value, _ in outcomes]
+
+
+def _errno(error: BaseException | None) -> int | None:
+    """The errno of an OSError, also of one behind torch's and Megatron's wrappers."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if isinstance(error, compat.CheckpointException):
+            for wrapped in error.failures.values():
+                if (found := _errno(wrapped[0])) is not None:
+                    return found
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _explain(error: BaseException, directory: Path, step: int, needed: int) -> OSError:
+    """An OSError that says what failed, why if it is the disk, and what is left."""
+    number = _errno(error)
+    free = shutil.disk_usage(directory).free if directory.is_dir() else 0
+    # torch.save reports a full disk as a RuntimeError without errno.
+    full = number in (errno.ENOSPC, errno.EDQUOT) or (number in (None, errno.EIO) and free < needed)
+    left = list_checkpoints(directory)
+    kept = f"{left[-1].name} is untouched" if left else "there is no earlier one"
+    if not full:
+        return OSError(
+            number or errno.EIO, f"the checkpoint of step {step} could not be written to {directory}: {error} ({kept})"
+        )
+    return OSError(
+        number if number in (errno.ENOSPC, errno.EDQUOT) else errno.ENOSPC,
+        f"the checkpoint of step {step} could not be written to {directory}: the disk is full (about "
+        f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free); nothing of it is left, {kept}. "
+        "Make room and start the run again",
+    )
+
+
+def _prepare(directory: Path, temporary: Path, needed: int, step: int) -> None:
+    """An empty directory to write into, on a disk that has the room."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _remove(temporary)
+    if shutil.disk_usage(directory).free < needed:
+        raise _explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), directory, step, needed)
+    temporary.mkdir()
+
+
+def _publish(temporary: Path, final: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest, give the checkpoint its name, and move the pointer."""
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "world_size": mesh.world_size(),
+        "megatron_core": compat.MEGATRON_VERSION,
+        "torch": torch.__version__,
+        "files": files,
+    }
+    with (temporary / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(temporary)
+    if final.exists():
+        _discard(final)
+    temporary.rename(final)
+    _sync_directory(final.parent)
+    _replace_file(final.parent / LATEST, final.name + "\n")
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint so that at no moment a part of it bears its name."""
+    _verified.discard(path.resolve())
+    trash = path.with_name(_TRASH + path.name)
+    _remove(trash)
+    path.rename(trash)
+    _remove(trash)
+
+
+def _rotate(directory: Path, newest: Path, keep_last: int, keep: Callable[[int], bool] | None) -> None:
+    """Delete old checkpoints. Damaged ones are not counted, so that keep_last usable ones stay."""
+    usable = 0
+    for path in reversed(list_checkpoints(directory)):
+        if path == newest or step_of(path) > step_of(newest):
+            usable += path == newest
+            continue
+        if usable < keep_last:
+            with contextlib.suppress(CheckpointError):
+                usable += not _damage(path, _read_manifest(path)["files"], hashes=False)
+        elif keep is None or not keep(step_of(path)):
+            _discard(path)
+
+
+def _merge_lanes(extra: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0's extra with the lanes of all ranks."""
+    lanes = extra.get("lanes")
+    merged = dict(mesh.broadcast_object(extra))
+    gathered = mesh.gather_objects(lanes)
+    if any(part is not None for part in gathered):
+        merged["lanes"] = {lane: state for part in gathered if part for lane, state in part.items()}
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_training_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors: step, scheduler, random, extra. Not collective, needs no model."""
+    try:
+        return _unpack(torch.load(path / TRAINING, map_location="cpu", weights_only=True))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: {TRAINING} cannot be read ({error.strerror})") from None
+    except Exception as error:  # torch's unpickler raises many kinds
+        raise CheckpointError(f"checkpoint {path} is damaged: {TRAINING} cannot be read ({error})") from None
+
+
+def load_checkpoint(
+    path: Path,
+    model_chunks: Sequence[nn.Module],
+    optimizer: Optimizer | None = None,
+    scheduler: Scheduler | None = None,
+) -> dict[str, Any]:
+    """Load a checkpoint into the model, the optimizer and the scheduler that are given; every rank calls this.
+
+    Returns the ``extra`` it was saved with, all ranks' lanes in extra["lanes"]. With an optimizer, the random
+    generators are set as well: to this rank's states at the same number of ranks, else to rank 0's. The optimizer's
+    hyperparameters stay what they are: the recipe's.
+
+    CheckpointError when the checkpoint is damaged or belongs to another model or optimizer; the message names the
+    parameter. Nothing is changed then.
+    """
+    path = Path(path).absolute()
+    share = slice(mesh.rank(), None, mesh.world_size())
+    try:
+        manifest = _read_manifest(path)
+        damage = _damage(path, manifest["files"], share, hashes=path.resolve() not in _verified)
+        problem = f"checkpoint {path} is damaged: {damage}" if damage else ""
+    except CheckpointError as error:
+        problem = str(error)
+    _raise_together(problem)
+    training = read_training_state(path)
+    state = _sharded_state(model_chunks, optimizer, is_loading=True)
+    stored = {tensor.key: tuple(tensor.global_shape) for tensor in _stored_tensors(path)}
+    _raise_together(_difference(path, stored, state, with_optimizer=optimizer is not None))
+    with torch.no_grad():
+        loaded = compat.dist_checkpointing.load(state, str(path))
+        for index, chunk in enumerate(model_chunks):
+            _module(chunk).load_state_dict(loaded[f"model{index}"])
+        if optimizer is not None:
+            groups = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(loaded["optimizer"])
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.update({name: value for name, value in before.items() if name not in ("params", "step")})
+    if scheduler is not None and training["scheduler"] is not None:
+        scheduler.load_state_dict(training["scheduler"])
+    if optimizer is not None:
+        states = training["random"]
+        set_random_states(states[mesh.rank() if len(states) == mesh.world_size() else 0])
+    mesh.barrier()
+    return training["extra"]
+
+
+def _raise_together(problem: str) -> None:
+    """Raise CheckpointError on every rank when one has a problem."""
+    problems = [found for found in mesh.gather_objects(problem) if found]
+    if problems:
+        raise CheckpointError(problems[0])
+
+
+def _stored_tensors(path: Path) -> list[compat.ShardedTensor]:
+    return list(compat.dist_checkpointing.load_tensors_metadata(str(path)).values())
+
+
+def _difference(path: Path, stored: dict[str, tuple[int, ...]], state: dict[str, Any], *, with_optimizer: bool) -> str:
+    """Why the checkpoint does not fit this model and optimizer, or "" when it does."""
+    wanted = {tensor.key: tuple(tensor.global_shape) for tensor in _tensors(state)}
+    for what in ("model", "optimizer") if with_optimizer else ("model",):
+        ours, theirs = (
+            {key: shape for key, shape in shapes.items() if key.startswith("optimizer.") == (what == "optimizer")}
+            for shapes in (wanted, stored)
+        )
+        found = [
+            f"{key} has shape {list(theirs[key])} there and {list(ours[key])} here"
+            for key in ours
+            if key in theirs and theirs[key] != ours[key]
+        ]
+        found += [f"{key} is not in the checkpoint" for key in ours if key not in theirs]
+        found += [f"{key} is only in the checkpoint" for key in theirs if key not in ours]
+        if found:
+            more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+            remedy = "use the recipe it was trained with, or another run directory"
+            return f"checkpoint {path} belongs to another {what}: {'; '.join(found[:3])}{more}; {remedy}"
+    return ""
