@@ -61,10 +61,13 @@ class Console:
                 bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
             )
 
-    def stage(self, name: str, index: int, stages: int, details: Mapping[str, Any], flops_per_token: float = 0.0) -> None:
-        """Banner of a stage that begins or goes on. ``details`` (context, window, ...) are printed in the order given;
+    def stage(
+        self, name: str, index: int, stages: int, details: Mapping[str, Any], flops_per_token: float = 0.0
+    ) -> None:
+        """Banner of a stage that begins or goes on: number ``index`` (from 0) of ``stages``.
 
-        ``flops_per_token``: training FLOPs, forward and backward, for MFU.
+        ``details`` (context, window, ...) are printed in the order given; ``flops_per_token``: FLOPs of training,
+        forward and backward, for MFU.
         """
         self._flops_per_token = flops_per_token
         self._seconds.clear()  # a step of this stage takes another time
@@ -126,13 +129,11 @@ class Console:
 
 def short_count(value: float) -> str:
     """Three digits and a decimal unit: ``812``, ``4.21k``, ``1.13M``."""
-    for unit in ("", "k", "M", "G"):
-        if abs(value) < 999.5:
-            break
+    units = ["T", "G", "M", "k", ""]
+    while abs(value) >= 999.5 and len(units) > 1:
         value /= 1000.0
-    else:
-        unit = "T"
-    return f"{value:.0f}{unit}" if value >= 99.95 else f"{value:.3g}{unit}"
+        units.pop()
+    return (f"{value:.0f}" if value >= 99.95 else f"{value:.3g}") + units[-1]
 
 
 def short_time(seconds: float) -> str:

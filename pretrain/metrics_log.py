@@ -156,7 +156,7 @@ def read(path: str | os.PathLike[str], after: int = 0) -> Iterator[dict[str, Any
 
 
 def read_from(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Objects from byte ``offset`` (the start of a line) on, each with the byte where its line ends. No file: nothing."""
+    """Objects from byte ``offset`` (a line's start) on, each with the byte where its line ends; none without a file."""
     try:
         file = open(path, "rb")  # noqa: SIM115  (closed by the with below)
     except FileNotFoundError:
@@ -239,4 +239,7 @@ def _strict(value: Any) -> Any:
 
 
 def _loose(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: _NON_FINITE.get(v, v) if isinstance(v, str) and k not in ("stage", "name") else v for k, v in record.items()}
+    for key, value in record.items():
+        if isinstance(value, str) and key not in ("stage", "name"):
+            record[key] = _NON_FINITE.get(value, value)
+    return record

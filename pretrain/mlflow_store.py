@@ -1,6 +1,6 @@
 """The MLflow store seen from a training run: find or make its runs, send, and ask what is there already.
 
-Plain, blocking calls; tracking.py makes them from its background thread. MLflow is imported by ``connect`` only (it takes
+Plain, blocking calls; tracking.py makes them from its background thread. Only ``connect`` imports MLflow (it takes
 seconds). Every call raises what MLflow raises; ``StoreUnusable`` means that trying again can't help.
 """
 
@@ -81,7 +81,7 @@ class Store:
         database = sqlite_path(self.uri)
         if database is not None:
             if importlib.util.find_spec("sqlalchemy") is None or importlib.util.find_spec("alembic") is None:
-                raise StoreUnusable("mlflow-skinny has no sqlite store (pip install mlflow, or set the URI of a server)")
+                raise StoreUnusable("mlflow-skinny has no sqlite store (pip install mlflow, or name a server's URI)")
             _make_sqlite(database)
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -141,8 +141,8 @@ class Store:
 
     def last_steps(self, run: str) -> dict[str, int]:
         """Greatest step in the store of each metric of the run."""
-        # The public ``data.metrics`` has the values without their steps, and a metric's history grows with the run; this
-        # is how MLflow's own system monitor finds the step to go on from.
+        # The public ``data.metrics`` has values without their steps, and a metric's history grows with the run; this is
+        # how MLflow's own system monitor finds the step to go on from.
         return {metric.key: metric.step for metric in self._client.get_run(run).data._metric_objs}
 
     def send(self, run: str, points: list[Point]) -> None:

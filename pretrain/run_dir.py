@@ -137,7 +137,8 @@ def check_resume(frozen: dict[str, Any], now: dict[str, Any], allow: Iterable[st
     allowed = (*FREE_ON_RESUME, *(_dotted(key) for key in allow))
     refused = [change for change in changes if not _covered(change.key, allowed)]
     if refused:
-        flags = " ".join(f"--allow-change {change.key}" for change in refused[:8]) + (" ..." if len(refused) > 8 else "")
+        flags = " ".join(f"--allow-change {change.key}" for change in refused[:8])
+        flags += " ..." if len(refused) > 8 else ""
         raise RunDirError(
             "the recipe differs from the one this run was started with: "
             + "; ".join(map(str, refused))
@@ -204,7 +205,8 @@ class RunDir:
             if error.errno in (28, 122):  # ENOSPC, EDQUOT: a crash of the machine, not a mistake of the user
                 raise
             raise RunDirError(
-                f"can't make the run directory {self.path}: {error.strerror} ({error.filename}); choose another --run-dir"
+                f"can't make the run directory {self.path}: {error.strerror} ({error.filename}); "
+                "choose another --run-dir"
             ) from None
 
     def exists(self) -> bool:
@@ -222,7 +224,8 @@ class RunDir:
             return None
         # a directory that `hsa submit` prepared, or one whose first start was killed, has parts of the layout only
         known = (*LAYOUT, *_FILES)
-        return next((n for n in names if n not in known and not re.fullmatch(r"\..*\.tmp|\.probe\.\d+|\.nfs.*", n)), None)
+        passing = re.compile(r"\..*\.tmp|\.probe\.\d+|\.nfs.*")
+        return next((name for name in names if name not in known and not passing.fullmatch(name)), None)
 
     # -- the single writer ----------------------------------------------------------------------------------------
 
@@ -376,7 +379,7 @@ class RunDir:
     # -- requeue --------------------------------------------------------------------------------------------------
 
     def requeue_marker(self, job_id: str | int) -> Path:
-        """``RUN/slurm/requeue.<jobid>``: the batch script requeues itself when it is there (exit codes get replaced)."""
+        """``RUN/slurm/requeue.<jobid>``: tells the batch script to requeue itself (an exit code may be replaced)."""
         return self.slurm / f"requeue.{job_id}"
 
     def request_requeue(self, job_id: str | int | None = None) -> Path | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -49,8 +50,8 @@ def main(args: argparse.Namespace) -> int:
 def collect(run_dir: RunDir) -> dict[str, Any]:
     """The status as the object that ``--json`` prints.
 
-    Always there: ``name, stage, step, tokens, finished, last_checkpoint, eta_seconds``. ``stage`` is ``null`` before the
-    first step, ``last_checkpoint`` (name of its directory) before the first checkpoint, ``eta_seconds`` while unknown.
+    Always there: ``name, stage, step, tokens, finished, last_checkpoint, eta_seconds``. ``stage`` is ``null`` before
+    the first step, ``last_checkpoint`` (its directory's name) before the first one, ``eta_seconds`` while unknown.
     ``state`` is running, stopped or finished. ``goodput`` is the time of the steps that counted, divided by the wall
     time since the run was made: waiting in a queue, starting, saving, and steps done twice are lost time.
     """
@@ -61,6 +62,8 @@ def collect(run_dir: RunDir) -> dict[str, Any]:
     productive, last = 0.0, None
     recent: list[float] = []
     for record in metrics_log.read(run_dir.metrics_path):
+        if missing := [key for key in metrics_log.REQUIRED if key not in record]:
+            raise RunDirError(f"{run_dir.metrics_path} is damaged at step {record['step']}: no {', '.join(missing)}")
         productive += record["step_seconds"]
         recent = [*recent[-_ETA_STEPS + 1 :], record["step_seconds"]]
         last = record
@@ -88,7 +91,7 @@ def collect(run_dir: RunDir) -> dict[str, Any]:
         "state": "finished" if finished else "running" if running else "stopped",
         "writer": writer,
         "total_steps": total,
-        "loss": last["loss"] if last and last["loss"] == last["loss"] else None,
+        "loss": last["loss"] if last and math.isfinite(last["loss"]) else None,
         "tokens_per_second": _speed(run_dir, last),
         "goodput": min(1.0, productive / wall) if wall else None,
         "restarts": max(0, len(run.get("starts", [])) - 1),
@@ -106,6 +109,7 @@ def render(status: dict[str, Any]) -> str:
     share = f" of {total} ({100 * status['step'] / total:.0f}%)" if total else ""
     loss = f", loss {status['loss']:.4f}" if status["loss"] is not None else ""
     speed = f", {short_count(status['tokens_per_second'])} tok/s" if status["tokens_per_second"] else ""
+    goodput = status["goodput"]
     state = status["state"] + (f" ({status['writer']})" if status["writer"] else "")
     rows = [
         ("run", f"{status['name']}: {state}"),
@@ -114,7 +118,7 @@ def render(status: dict[str, Any]) -> str:
         ("tokens", f"{status['tokens']:,}{speed}"),
         ("checkpoint", status["last_checkpoint"] or "none yet"),
         ("ETA", "done" if status["finished"] else _eta(status)),
-        ("goodput", "unknown" if status["goodput"] is None else f"{100 * status['goodput']:.1f}% of the time since it began"),
+        ("goodput", "unknown" if goodput is None else f"{100 * goodput:.1f}% of the time since it began"),
         ("restarts", f"{status['restarts']}" + (f", {status['changes']} recipe changes" if status["changes"] else "")),
     ]
     for job in status["jobs"]:
@@ -122,7 +126,7 @@ def render(status: dict[str, Any]) -> str:
     if status["mlflow"] and status["mlflow"].get("run_id"):
         rows.append(("MLflow", f"run {status['mlflow']['run_id']} in {status['mlflow']['uri']}"))
     if status["unsent_steps"] and status["state"] != "running":
-        rows.append(("unsent", f"{status['unsent_steps']} steps are not in MLflow yet: add --send, or start the run again"))
+        rows.append(("unsent", f"{status['unsent_steps']} steps are not in MLflow yet: add --send, or go on training"))
     return "\n".join(f"{label:<11}{text}" for label, text in rows)
 
 

@@ -1,18 +1,18 @@
 """MLflow tracking that training never waits for.
 
 The log files of the run directory are the spool: the loop writes a line to ``metrics.jsonl`` and goes on; a background
-thread reads the file and sends what the store lacks, in batches. A store that is slow or away costs the training nothing:
-the thread warns once, tries again, and sends the rest when the store is back, or at the next start of the run, or when
-``hsa status RUN --send`` asks for it.
+thread reads the file and sends what the store lacks, in batches. A store that is slow or away costs the training
+nothing: the thread warns once, tries again, and sends the rest when the store is back, or at the next start of the run,
+or when ``hsa status RUN --send`` asks for it.
 
 In the store a training is ONE run, however often it was restarted, with one child run per stage. The metrics of a step
 are on the child of its stage and on the parent, which so shows the whole curve. Evaluations, too; system metrics,
 pictures and the whole recipe are on the parent.
 
-No step is missing and none is there twice, because the store itself is asked how far it is: a batch is one transaction,
-so the greatest step of a metric in the store is the last one sent, whatever moment the trainer was killed at. Steps that
-a resumed run does again are not sent again. RUN/tracking.json remembers pictures that wait and what was sent, for
-``hsa status`` and for the time when the store can't be asked.
+No step is missing and none is there twice, because the store itself is asked how far it is: a batch is one
+transaction, so the greatest step of a metric in the store is the last one sent, whatever moment the trainer was killed
+at. Steps that a resumed run does again are not sent again. RUN/tracking.json remembers the pictures that wait, and what
+was sent, for ``hsa status``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Tracker:
 
     Args:
         run_dir: begun (``run.json`` is there) and, on the writer, locked.
-        config: the recipe's ``tracking.mlflow`` section (``tracking`` itself is taken too).
+        config: the recipe's ``tracking.mlflow`` section.
         is_writer: true on rank 0 only.
         params: the resolved recipe, nested or flat.
         resume_step: step of the checkpoint that training goes on from; later evaluations are dropped from the log.
@@ -90,7 +90,7 @@ class Tracker:
     def __init__(
         self,
         run_dir: RunDir,
-        config: MLflowConfig | TrackingConfig,
+        config: MLflowConfig,
         *,
         is_writer: bool = True,
         params: dict[str, Any] | None = None,
@@ -100,7 +100,6 @@ class Tracker:
         self.is_writer = is_writer
         if not is_writer:
             return
-        config = getattr(config, "mlflow", config)
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._close_seconds = float(config.close_seconds)
         self._evaluations = metrics_log.EvaluationLog(run_dir.evaluations_path, resume_step)
@@ -128,7 +127,7 @@ class Tracker:
     def log_evaluation(self, record: dict[str, Any], step: int) -> None:
         """Write a record to evaluations.jsonl, and its numbers to the store as ``eval/<name>/<key>``.
 
-        ``record``: JSON-able; ``name`` (default ``evaluation``) and ``stage`` say what and when. One of each name per step.
+        ``record``: JSON-able, with ``name`` (default ``evaluation``) and ``stage``; one of a name per step.
         """
         if self.is_writer:
             self._evaluations.append({"step": step, "name": "evaluation", **record})
@@ -160,7 +159,7 @@ class Tracker:
 
 
 def resolve_uri(uri: str | None, run_dir: RunDir) -> str | None:
-    """The MLflow URI meant by the recipe's value: null is ``mlflow.db`` beside the run directory, ``none`` is ``None``."""
+    """The MLflow URI that the recipe means: null is ``mlflow.db`` beside the run directory, ``none`` is ``None``."""
     if uri is None or uri == "":
         return f"sqlite:///{run_dir.path.parent / 'mlflow.db'}"
     return None if uri.lower() == "none" else uri
@@ -259,8 +258,8 @@ class _Sender(threading.Thread):
             waiting = unsent(self._run_dir)
             what = f"{waiting} steps" if waiting else "the last of the run"
             self._say(
-                f"tracking: {self._store.uri} has not taken {what} yet ({self._warned or 'it is slow'}); nothing is lost: "
-                f"`hsa status {self._run_dir.path} --send` or the next start of this run sends the rest"
+                f"tracking: {self._store.uri} has not taken {what} yet ({self._warned or 'it is slow'}); "
+                f"nothing is lost: `hsa status {self._run_dir.path} --send` or the next start of the run sends the rest"
             )
             return False
         return not self._state.unusable
@@ -458,7 +457,8 @@ def _load(run_dir: RunDir) -> _State:
     with contextlib.suppress(RunDirError):  # absent or damaged: the store is asked anyway
         saved = read_json(run_dir.tracking_path)
         if isinstance(saved, dict):
-            vars(state).update({key: value for key, value in saved.items() if type(value) is type(vars(state).get(key))})
+            known = vars(state)
+            known.update({key: value for key, value in saved.items() if type(value) is type(known.get(key))})
     return state
 
 
