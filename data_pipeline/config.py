@@ -31,8 +31,9 @@ class SyntheticConfig:
     name. min_length: null makes one sample per sequence; a number packs samples of log-uniform lengths from there up
     to the context (in tokens, whole chunks). digits: length of a number. keys: needles of ``niah_multikey`` and
     ``niah_multiquery``. queries: how many of them ``niah_multiquery`` asks for. hops: assignments after the first in
-    ``variable_tracking``. copy_random: share of ``copy`` samples made of random tokens instead of text. *_weight:
-    loss weight of natural text (haystacks included), of the copied half, of answers.
+    ``variable_tracking``. copy_random: share of ``copy`` samples made of random tokens instead of text.
+    templates: wordings, see ``synthetic.build_sample``. *_weight: loss weight of natural text (haystacks included),
+    of the copied half, of answers.
     """
 
     rate: float = 0.01

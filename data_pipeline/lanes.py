@@ -335,7 +335,7 @@ class BatchStream:
     def next_arrays(self) -> dict[str, np.ndarray]:
         """The next batch as NumPy arrays (see PackedBatch for names, shapes and dtypes)."""
         shape = (len(self._lanes) * self.per_lane, self.context)
-        out = {
+        out: dict[str, np.ndarray] = {
             "tokens": np.full(shape, self.tokenizer.pad_id, dtype=np.int64),
             "labels": np.zeros(shape, dtype=np.int64),
             "loss_weights": np.zeros(shape, dtype=np.float32),

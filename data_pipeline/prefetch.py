@@ -39,6 +39,7 @@ class PrefetchingStream:
         self._depth = depth
         self._state = stream.state_dict()
         self._pin = torch.cuda.is_available()
+        self._failure: BaseException | None = None
         self._start()
 
     @property
@@ -100,7 +101,7 @@ class PrefetchingStream:
                 self._process.kill()
 
     def _start(self) -> None:
-        self._failure: BaseException | None = None
+        self._failure = None
         self._queue: queue.Queue = queue.Queue(self._depth)
         self._stop = threading.Event()
         self._process: subprocess.Popen | None = None

@@ -33,7 +33,10 @@ VERSION = 1
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i4"), ("shard", "<i4"), ("crc32", "<u4")])
 """offset: bytes from the start of the tar to the first token; length: tokens, eos included; shard: row of the
 manifest."""
-_DTYPES = {"uint16": ("tokens.u16", np.dtype("<u2")), "uint32": ("tokens.u32", np.dtype("<u4"))}
+_DTYPES: dict[str, tuple[str, np.dtype]] = {
+    "uint16": ("tokens.u16", np.dtype("<u2")),
+    "uint32": ("tokens.u32", np.dtype("<u4")),
+}
 WHOLE = 1 << 18
 """Documents of at most this many tokens are read and kept whole while a lane goes through them."""
 _BLOCK = 512

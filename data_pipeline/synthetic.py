@@ -10,7 +10,7 @@ x1..xn (2511.23319) with an end-of-document token between the halves as the cue 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -45,7 +45,12 @@ _NUMBERS = {
         _Wording(
             " Remember that the code of {key} is {value}.",
             " What is the code of {key}? The code of {key} is",
-            " What are the codes of {keys}? The codes are",
+            " What are the codes of {keys}? The codes of {keys} are",
+        ),
+        _Wording(
+            " Note: {key} has the number {value}.",
+            " Which number has {key}? {key} has the number",
+            " Which numbers have {keys}? {keys} have the numbers",
         ),
     ),
     "eval": (
@@ -68,6 +73,10 @@ _VARIABLES = {  # first assignment, assignment of another variable, question
 }
 
 
+_NUMBERS["plain"] = _NUMBERS["train"][:1]
+_VARIABLES["plain"] = _VARIABLES["train"][:1]
+
+
 @dataclass
 class SyntheticSample:
     """One sample of ``length`` tokens.
@@ -75,15 +84,20 @@ class SyntheticSample:
     tokens int32 (length,). answer_mask bool (length,): True at the answer's tokens, the closing eos included (the loss
     weight of an answer token belongs to the position before it). text_mask bool (length,): True at predictable prompt
     text (everything but the answer; False in the random half of a copy). prompt_length: tokens before the answer.
-    answer: its text. kind: the task.
+    kind: the task.
     """
 
     tokens: np.ndarray
     answer_mask: np.ndarray
     text_mask: np.ndarray
     prompt_length: int
-    answer: str
     kind: str
+    tokenizer: Tokenizer = field(repr=False, compare=False)
+
+    @property
+    def answer(self) -> str:
+        """Text of the answer, without outer white space."""
+        return self.tokenizer.decode(self.answer_ids()).strip()
 
     def answer_ids(self) -> np.ndarray:
         """Token ids of the answer, without the closing eos."""
@@ -93,17 +107,25 @@ class SyntheticSample:
 def random_word(rng: np.random.Generator, count: int = 1) -> list[str]:
     """``count`` different keys: common nouns, or quality and noun where there are not enough nouns."""
     if count <= len(WORDS) // 2:
-        return [WORDS[i] for i in rng.choice(len(WORDS), count, replace=False)]
+        return [WORDS[i] for i in _distinct(rng, len(WORDS), count)]
     pairs = len(WORDS) * len(QUALITIES)
-    if count > pairs:
-        raise DataError(f"at most {pairs} keys per sample, not {count}; lower the number of keys")
-    picked = rng.choice(pairs, count, replace=False)
+    if count > pairs // 2:
+        raise DataError(f"at most {pairs // 2} keys per sample, not {count}; lower the number of keys")
+    picked = _distinct(rng, pairs, count)
     return [f"{QUALITIES[i % len(QUALITIES)]} {WORDS[i // len(QUALITIES)]}" for i in picked]
 
 
 def random_number(rng: np.random.Generator, digits: int) -> str:
     """A number of exactly ``digits`` digits, the first not 0."""
-    return str(rng.integers(1, 10)) + "".join(str(d) for d in rng.integers(0, 10, digits - 1))
+    return str(int(rng.integers(10 ** (digits - 1), 10**digits)))
+
+
+def _distinct(rng: np.random.Generator, size: int, count: int) -> list[int]:
+    """``count`` different numbers below ``size`` in random order; count is at most half of size."""
+    picked: dict[int, None] = {}
+    while len(picked) < count:
+        picked.update(dict.fromkeys(rng.integers(0, size, count - len(picked)).tolist()))
+    return list(picked)
 
 
 def build_sample(
@@ -152,10 +174,8 @@ def build_sample(
         asked = queries if task == "niah_multiquery" else 1
         count = 1 if task == "niah_single" else max(keys, asked)
         needles, question, answer = _numbers(rng, templates, digits, count, asked)
-    question_ids, answer_ids = _encode(tokenizer, question), _encode(tokenizer, answer)
-    pieces = [
-        tokenizer.encode_cached(needle) if len(needles) < 64 else _encode(tokenizer, needle) for needle in needles
-    ]
+    question_ids, answer_ids = tokenizer.encode_words(question), tokenizer.encode_words(answer)
+    pieces = [tokenizer.encode_words(needle) for needle in needles]
     tail = np.concatenate([question_ids, answer_ids, [tokenizer.eos_id]]).astype(np.int32)
     answer_length = len(answer_ids) + 1
     room = length - len(tail) - sum(map(len, pieces))
@@ -179,7 +199,7 @@ def build_sample(
     tokens = np.concatenate([*_spread(text, pieces, depths, tokenizer.sentence_ends), tail])
     mask = np.zeros(length, dtype=bool)
     mask[length - answer_length :] = True
-    return SyntheticSample(tokens, mask, ~mask, length - answer_length, answer.strip(), task)
+    return SyntheticSample(tokens, mask, ~mask, length - answer_length, task, tokenizer)
 
 
 def answer_text(tokenizer: Tokenizer, generated_ids: Iterable[int]) -> str:
@@ -202,10 +222,6 @@ def score(sample: SyntheticSample, tokenizer: Tokenizer, generated_ids: Iterable
         wanted = sample.answer_ids()
         return generated[: len(wanted)] == wanted.tolist()
     return answer_text(tokenizer, generated) == sample.answer
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    return np.asarray(tokenizer.encode(text), dtype=np.int32)
 
 
 def _numbers(
@@ -267,4 +283,4 @@ def _copy(
     mask[n + len(cue) :] = True
     text = np.zeros(length, dtype=bool)
     text[:n] = not random
-    return SyntheticSample(tokens, mask, text, n + len(cue), tokenizer.decode(half), "copy")
+    return SyntheticSample(tokens, mask, text, n + len(cue), "copy", tokenizer)

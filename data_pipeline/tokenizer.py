@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from data_pipeline.errors import DataError
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 _EOS_NAMES = (EOS, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>")
+_WORDS = re.compile(r"\d| ?[^ \d\n]+| |\n")
 _PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|padding|>")
 
 
@@ -53,15 +55,27 @@ class Tokenizer:
         """Token ids of ``text``, without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_cached(self, text: str) -> np.ndarray:
-        """:meth:`encode` as a read-only int32 array, remembered (for template pieces, of which there are few)."""
-        ids = self._cache.get(text)
+    def encode_words(self, text: str) -> np.ndarray:
+        """:meth:`encode` as an int32 array, word by word from memory: many times faster for text made of few words.
+
+        Same ids as :meth:`encode`: a tokenizer that does not split before spaces and digits is asked directly.
+        """
+        if not self._splits_words:
+            return np.asarray(self.encode(text), dtype=np.int32)
+        return np.concatenate([self._word(word) for word in _WORDS.findall(text)])
+
+    def _word(self, word: str) -> np.ndarray:
+        ids = self._cache.get(word)
         if ids is None:
-            ids = np.asarray(self.encode(text), dtype=np.int32)
-            ids.flags.writeable = False
+            ids = np.asarray(self.encode(word), dtype=np.int32)
             if len(self._cache) < 65536:
-                self._cache[text] = ids
+                self._cache[word] = ids
         return ids
+
+    @cached_property
+    def _splits_words(self) -> bool:
+        probe = " One of the numbers for apple, or Pear, is: 48210. (VAR x = VAR y.)\nWhat are they? 7 and 63"
+        return self.encode(probe) == np.concatenate([self._word(word) for word in _WORDS.findall(probe)]).tolist()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """:meth:`encode` of many texts, in the library's own threads."""

@@ -22,7 +22,7 @@ WORDS: tuple[str, ...] = tuple(
     table tail teacher temple tent thread throne thumb tiger tongue tower town toy train tree truck tunnel
     turtle uncle valley vase village violin voice wagon wall watch water wave week west wheel whistle wife wind
     window wing winter wolf wood wool yard
-    """.split()  # noqa: SIM905
+    """.split()
 )
 
 QUALITIES: tuple[str, ...] = tuple(
@@ -33,5 +33,5 @@ QUALITIES: tuple[str, ...] = tuple(
     plain proud purple quick quiet rare red rich rough round royal rusty sad sharp short silent simple small
     smooth soft sour strange strong sweet swift tall tame tender thick thin tiny violet warm weak wet white wide
     wild wise yellow young
-    """.split()  # noqa: SIM905
+    """.split()
 )
