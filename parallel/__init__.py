@@ -4,9 +4,9 @@
     optional.py    apex, Transformer Engine, DeepSpeed: found without importing them
     compat.py      Megatron-core's names, version differences, repairs and the CPU shim; nobody else imports Megatron
     mesh.py        parallel sizes, their check, process groups and seeds
-    optimizer.py   AdamW through Megatron's (distributed) optimizer, schedules
-    muon.py        Muon for matrices beside AdamW for the rest, behind the same interface
-    checkpoint.py  the distributed checkpoint: whole or absent, verified, rotated
+    optimizer.py   AdamW through Megatron's (distributed) optimizer, and Muon, behind one interface
+    muon.py        Muon: momentum made orthogonal, for matrices
+    checkpoint.py  the distributed checkpoint: whole or absent, verified, rotated (checkpoint_files.py: its files)
 
 This room knows tensors, modules and ranks, nothing of recipes or training loops.
 """

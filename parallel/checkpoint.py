@@ -3,7 +3,7 @@
 Layout of one checkpoint, written through megatron.core.dist_checkpointing (format torch_dist)::
 
     step_00001200/__*_*.distcp .metadata common.pt metadata.json    model and optimizer, by parameter name
-                  training.pt                                       scheduler, random states, the caller's extra
+                  training.pt                                       random states, the caller's extra
                   manifest.json                                     size and sha256 of every file above
 
 It is written into ``.tmp-step_00001200`` beside it, synced, given its manifest, and renamed; the file ``latest`` (the
@@ -19,13 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
-import logging
 import os
 import queue
 import random
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,156 +34,42 @@ import torch
 from torch import nn
 
 from parallel import compat, mesh
+from parallel.checkpoint_files import (
+    LATEST,
+    MANIFEST,
+    TEMPORARY,
+    clean_temporary,
+    damage,
+    discard,
+    find_latest,
+    list_checkpoints,
+    read_manifest,
+    remove,
+    replace_file,
+    sha256,
+    step_of,
+    step_path,
+    sync_directory,
+    verify,
+    was_verified,
+)
 from parallel.errors import CheckpointError
-from parallel.optimizer import Optimizer, Scheduler
+from parallel.optimizer import Optimizer
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "clean_temporary",
+    "find_latest",
+    "list_checkpoints",
+    "load_checkpoint",
+    "read_training_state",
+    "save_checkpoint",
+    "step_of",
+    "step_path",
+    "verify",
+]
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-LATEST = "latest"
 TRAINING = "training.pt"
-_STEP = re.compile(r"step_(\d{8,})")
-_TEMPORARY, _TRASH = ".tmp-", ".trash-"
-_HASH_BLOCK = 1 << 22
-
-# Checkpoints whose every byte this process has checked; saves a second reading between find_latest and load_checkpoint.
-_verified: set[Path] = set()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names and manifests
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def step_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is or will be."""
-    return directory / f"step_{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name; CheckpointError when the name is not that of a checkpoint."""
-    match = _STEP.fullmatch(path.name)
-    if match is None:
-        raise CheckpointError(f"{path} is not a checkpoint: its name should be step_ and eight digits")
-    return int(match[1])
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoint directories by step, oldest first, unverified; empty when the directory is missing."""
-    if not directory.is_dir():
-        return []
-    return sorted((p for p in directory.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)), key=step_of)
-
-
-def clean_temporary(directory: Path) -> None:
-    """Remove what killed saves and deletions left. For the process that owns the run directory, before it saves."""
-    if directory.is_dir():
-        for path in directory.iterdir():
-            if path.name.startswith((_TEMPORARY, _TRASH)):
-                _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sha256(path: Path, *, sync: bool = False) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace_file(path: Path, text: str) -> None:
-    """Write a small file aside, sync it, and move it into place."""
-    aside = path.with_name(f"{_TEMPORARY}{path.name}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync_directory(path.parent)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; CheckpointError when it is missing or cannot be read."""
-    if not path.is_dir():
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        return {**manifest, "files": files}
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error})") from None
-
-
-def _damage(path: Path, files: dict[str, tuple[int, str]], share: slice = slice(None), *, hashes: bool = True) -> str:
-    """What is wrong with the files of a checkpoint, or "". Sizes of all, contents of this share of them."""
-    for name, (size, _) in files.items():
-        try:
-            found = (path / name).stat().st_size
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
-    if hashes:
-        names = sorted(files)[share]
-        with ThreadPoolExecutor(min(8, len(names)) or 1) as pool:
-            try:
-                for name, digest in zip(names, pool.map(lambda name: _sha256(path / name), names), strict=True):
-                    if digest != files[name][1]:
-                        return f"the contents of {name} have changed (sha256)"
-            except OSError as error:
-                return f"{error.filename} cannot be read ({error.strerror})"
-    return ""
-
-
-def verify(path: Path) -> None:
-    """Check every byte of a checkpoint against its manifest; CheckpointError names what is wrong."""
-    damage = _damage(path, _read_manifest(path)["files"])
-    if damage:
-        raise CheckpointError(f"checkpoint {path} is damaged: {damage}")
-    _verified.add(path.resolve())
-
-
-def find_latest(directory: Path) -> Path | None:
-    """The newest checkpoint that verifies; None when there is none at all.
-
-    A damaged one is named in a warning and the one before it is tried. CheckpointError when all are damaged.
-    """
-    damaged = []
-    for path in reversed(list_checkpoints(directory)):
-        try:
-            verify(path)
-            return path
-        except CheckpointError as error:
-            damaged.append(str(error))
-            logger.warning("%s; trying the one before it", error)
-    if damaged:
-        raise CheckpointError(
-            f"no usable checkpoint in {directory}: "
-            + "; ".join(damaged)
-            + ". Restore one of them from a copy, or move "
-            "the run directory away to start over"
-        )
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,7 +217,6 @@ def save_checkpoint(
     step: int,
     model_chunks: Sequence[nn.Module],
     optimizer: Optimizer | None,
-    scheduler: Scheduler | None = None,
     *,
     extra: dict[str, Any],
     keep_last: int = 3,
@@ -344,18 +226,17 @@ def save_checkpoint(
     """Write the checkpoint of ``step`` into ``directory`` and rotate the old ones; every rank calls this.
 
     extra: small plain values, the same on every rank (rank 0's are stored), except extra["lanes"]: a dict of this
-    rank's data lanes, lane -> state, which is merged over the ranks. keep_last: how many of the newest checkpoints stay; keep:
-    which older steps stay as well. An existing checkpoint of the same step is replaced.
+    rank's data lanes, lane -> state, which is merged over the ranks. keep_last: how many of the newest checkpoints
+    stay; keep: which older steps stay as well. An existing checkpoint of the same step is replaced.
 
     Raises OSError on a full disk: nothing half-written stays, earlier checkpoints are untouched.
     """
     assert blocking, "saving in the background is not there yet"
     directory = directory.absolute()
     final = step_path(directory, step)
-    temporary = directory / f"{_TEMPORARY}{final.name}"
+    temporary = directory / f"{TEMPORARY}{final.name}"
     training = {
         "step": step,
-        "scheduler": scheduler.state_dict() if scheduler is not None else None,
         "random": mesh.gather_objects(random_states()),
         "extra": _merge_lanes(extra),
     }
@@ -372,11 +253,11 @@ def save_checkpoint(
     except compat.CheckpointException as error:  # raised on every rank alike
         mesh.barrier()
         if mesh.is_writer():
-            _remove(temporary)
+            remove(temporary)
         raise _explain(error, directory, step, needed) from error
     except (OSError, RuntimeError) as error:
         # This rank alone knows. It must not enter another collective: it stops, and the launcher stops the others.
-        _remove(temporary)
+        remove(temporary)
         raise _explain(error, directory, step, needed) from error
     try:
         _together(lambda: torch.save(_pack(training), temporary / TRAINING), on_writer=True)
@@ -384,7 +265,7 @@ def save_checkpoint(
         share = names[mesh.rank() :: mesh.world_size()]
         entries = _together(
             lambda: {
-                name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name, sync=True)}
+                name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name, sync=True)}
                 for name in share
             }
         )
@@ -392,7 +273,7 @@ def save_checkpoint(
         _together(_publish, temporary, final, step, dict(sorted(files.items())), on_writer=True)
     except (OSError, RuntimeError) as error:
         if mesh.is_writer():
-            _remove(temporary)
+            remove(temporary)
         raise _explain(error, directory, step, needed) from error
     if mesh.is_writer():
         _rotate(directory, final, max(1, keep_last), keep)
@@ -455,7 +336,7 @@ def _explain(error: BaseException, directory: Path, step: int, needed: int) -> O
 def _prepare(directory: Path, temporary: Path, needed: int, step: int) -> None:
     """An empty directory to write into, on a disk that has the room."""
     directory.mkdir(parents=True, exist_ok=True)
-    _remove(temporary)
+    remove(temporary)
     if shutil.disk_usage(directory).free < needed:
         raise _explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), directory, step, needed)
     temporary.mkdir()
@@ -475,21 +356,12 @@ def _publish(temporary: Path, final: Path, step: int, files: dict[str, dict[str,
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync_directory(temporary)
+    sync_directory(temporary)
     if final.exists():
-        _discard(final)
+        discard(final)
     temporary.rename(final)
-    _sync_directory(final.parent)
-    _replace_file(final.parent / LATEST, final.name + "\n")
-
-
-def _discard(path: Path) -> None:
-    """Delete a checkpoint so that at no moment a part of it bears its name."""
-    _verified.discard(path.resolve())
-    trash = path.with_name(_TRASH + path.name)
-    _remove(trash)
-    path.rename(trash)
-    _remove(trash)
+    sync_directory(final.parent)
+    replace_file(final.parent / LATEST, final.name + "\n")
 
 
 def _rotate(directory: Path, newest: Path, keep_last: int, keep: Callable[[int], bool] | None) -> None:
@@ -501,9 +373,9 @@ def _rotate(directory: Path, newest: Path, keep_last: int, keep: Callable[[int],
             continue
         if usable < keep_last:
             with contextlib.suppress(CheckpointError):
-                usable += not _damage(path, _read_manifest(path)["files"], hashes=False)
+                usable += not damage(path, read_manifest(path)["files"], hashes=False)
         elif keep is None or not keep(step_of(path)):
-            _discard(path)
+            discard(path)
 
 
 def _merge_lanes(extra: dict[str, Any]) -> dict[str, Any]:
@@ -522,7 +394,7 @@ def _merge_lanes(extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors: step, scheduler, random, extra. Not collective, needs no model."""
+    """What a checkpoint holds beside tensors: step, random, extra. Not collective, needs no model."""
     try:
         return _unpack(torch.load(path / TRAINING, map_location="cpu", weights_only=True))
     except OSError as error:
@@ -535,9 +407,8 @@ def load_checkpoint(
     path: Path,
     model_chunks: Sequence[nn.Module],
     optimizer: Optimizer | None = None,
-    scheduler: Scheduler | None = None,
 ) -> dict[str, Any]:
-    """Load a checkpoint into the model, the optimizer and the scheduler that are given; every rank calls this.
+    """Load a checkpoint into the model, and into the optimizer if one is given; every rank calls this.
 
     Returns the ``extra`` it was saved with, all ranks' lanes in extra["lanes"]. With an optimizer, the random
     generators are set as well: to this rank's states at the same number of ranks, else to rank 0's. The optimizer's
@@ -549,9 +420,9 @@ def load_checkpoint(
     path = Path(path).absolute()
     share = slice(mesh.rank(), None, mesh.world_size())
     try:
-        manifest = _read_manifest(path)
-        damage = _damage(path, manifest["files"], share, hashes=path.resolve() not in _verified)
-        problem = f"checkpoint {path} is damaged: {damage}" if damage else ""
+        manifest = read_manifest(path)
+        found = damage(path, manifest["files"], share, hashes=not was_verified(path))
+        problem = f"checkpoint {path} is damaged: {found}" if found else ""
     except CheckpointError as error:
         problem = str(error)
     _raise_together(problem)
@@ -568,8 +439,6 @@ def load_checkpoint(
             optimizer.load_state_dict(loaded["optimizer"])
             for group, before in zip(optimizer.param_groups, groups, strict=True):
                 group.update({name: value for name, value in before.items() if name not in ("params", "step")})
-    if scheduler is not None and training["scheduler"] is not None:
-        scheduler.load_state_dict(training["scheduler"])
     if optimizer is not None:
         states = training["random"]
         set_random_states(states[mesh.rank() if len(states) == mesh.world_size() else 0])

@@ -1,12 +1,13 @@
-"""Optimizers behind Megatron's interface: AdamW (distributed or replicated) and Muon beside AdamW; schedules.
+"""Optimizers behind Megatron's interface: AdamW (distributed or replicated), and Muon for matrices beside AdamW.
 
 ``wrap_model`` puts Megatron's DDP around the model, ``build_optimizer`` gives an optimizer with
 
     zero_grad()   step() -> (updated, grad_norm, None)   param_groups   scale_loss(loss)
     sharded_state_dict(...)   load_state_dict(...)   reload_model_params()
 
-and ``build_scheduler`` the OptimizerParamScheduler that sets the learning rate of every group. Order of construction:
-transformer config (calculate_per_token_loss=True), model, ``wrap_model``, ``build_optimizer``, ``build_scheduler``.
+Order of construction: transformer config (calculate_per_token_loss=True), model, ``wrap_model``, ``build_optimizer``.
+The caller sets the learning rate before every update: each group has ``max_lr``, the top of its schedule, and
+``wd_mult``; its ``lr`` and ``weight_decay`` are what the update uses.
 
 Memory per parameter beside weight and fp32 gradient: AdamW distributed, 12 bytes / data-parallel size (8 in fp32);
 AdamW replicated, 12 (8); Muon, 8 (4) for matrices and AdamW replicated for the rest.
@@ -25,7 +26,6 @@ from torch import nn
 from parallel import compat
 from parallel.muon import Muon
 
-SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -35,8 +35,7 @@ class OptimizerSettings:
 
     lr: of AdamW, and under muon of everything that is not a matrix of the decoder; muon_lr: of those matrices.
     weight_decay: decoupled, not applied to vectors (norms, biases). clip: largest global gradient norm, 0 for none.
-    warmup_steps: linear, the first step has lr / warmup_steps. schedule: after the warm-up, constant, or a fall to
-    min_lr (for Muon's group in proportion) over the last ``decay_fraction`` of all steps, as a cosine or a line.
+    warmup_steps: of the learning rate, linear, from the run's first step; stages shape it after that.
     distributed: share AdamW's state among the data-parallel ranks (Muon's is replicated).
     """
 
@@ -47,9 +46,6 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     clip: float = 1.0
     warmup_steps: int = 0
-    schedule: str = "constant"
-    decay_fraction: float = 1.0
-    min_lr: float = 0.0
     muon_lr: float = 0.01
     muon_momentum: float = 0.95
     muon_ns_steps: int = 5
@@ -60,24 +56,18 @@ class OptimizerSettings:
         found = []
         if self.name not in OPTIMIZERS:
             found.append(f"optimizer.name: {self.name!r} is none of {', '.join(OPTIMIZERS)}")
-        if self.schedule not in SCHEDULES:
-            found.append(f"optimizer.schedule: {self.schedule!r} is none of {', '.join(SCHEDULES)}")
         for name in ("lr", "muon_lr", "eps"):
             if not getattr(self, name) > 0:
                 found.append(f"optimizer.{name}: must be positive, is {getattr(self, name)}")
-        for name in ("weight_decay", "clip", "warmup_steps", "min_lr"):
+        for name in ("weight_decay", "clip", "warmup_steps"):
             if getattr(self, name) < 0:
                 found.append(f"optimizer.{name}: must not be negative, is {getattr(self, name)}")
-        if self.min_lr > self.lr:
-            found.append(f"optimizer.min_lr: {self.min_lr} is larger than lr {self.lr}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             found.append(f"optimizer.betas: two numbers in [0, 1) wanted, got {list(self.betas)}")
         if not 0 <= self.muon_momentum < 1:
             found.append(f"optimizer.muon_momentum: must be in [0, 1), is {self.muon_momentum}")
         if self.muon_ns_steps < 1:
             found.append(f"optimizer.muon_ns_steps: must be at least 1, is {self.muon_ns_steps}")
-        if not 0 < self.decay_fraction <= 1:
-            found.append(f"optimizer.decay_fraction: must be in (0, 1], is {self.decay_fraction}")
         return found
 
     @property
@@ -116,16 +106,10 @@ def wrap_model(
         )
     for chunk in wrapped:
         chunk.broadcast_params()
+    if overlap:  # gradients are reduced in the last micro-batch only
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        compat.get_model_config(chunks[0]).no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
     return wrapped
-
-
-def connect(chunks: Sequence[compat.DistributedDataParallel], optimizer: compat.MegatronOptimizer) -> None:
-    """Tell Megatron's forward-backward schedules how losses are scaled and gradients finished."""
-    config = compat.get_model_config(chunks[0])
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = compat.finalize_model_grads
-    if chunks[0].ddp_config.overlap_grad_reduce:
-        config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
 
 
 class Optimizer(compat.ChainedOptimizer):
@@ -230,7 +214,7 @@ def _optimizer_config(settings: OptimizerSettings, dtype: torch.dtype) -> compat
     return compat.OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
-        min_lr=settings.min_lr,
+        min_lr=0.0,  # Megatron wants a number, though schedules are ours
         weight_decay=settings.weight_decay,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
@@ -257,7 +241,7 @@ def build_optimizer(settings: OptimizerSettings, chunks: Sequence[compat.Distrib
     else:
         chained = _replicated(settings, config, chunks)
     optimizer = Optimizer(chained)
-    apply_settings(optimizer, settings)
+    _set_hyperparameters(optimizer, settings)
     return optimizer
 
 
@@ -323,68 +307,10 @@ def _wrap(
     return wrapped
 
 
-def apply_settings(optimizer: Optimizer, settings: OptimizerSettings) -> None:
-    """Make ``settings`` the hyperparameters of an existing optimizer: of a new stage, or after loading a checkpoint.
-
-    The learning rate itself is set by the scheduler, from max_lr and min_lr of each group.
-    """
-    optimizer.config.clip_grad = settings.clip
+def _set_hyperparameters(optimizer: Optimizer, settings: OptimizerSettings) -> None:
+    """Give every group its top learning rate and what its kind of optimizer needs."""
     for chained in optimizer.chained_optimizers:
         muon = isinstance(chained.optimizer, Muon)
-        top = settings.muon_lr if muon else settings.lr
         for group in chained.param_groups:
-            group["max_lr"], group["min_lr"] = top, top * settings.min_lr / settings.lr
-            if muon:
-                group["momentum"], group["ns_steps"] = settings.muon_momentum, settings.muon_ns_steps
-            else:
-                group["betas"], group["eps"] = tuple(settings.betas), settings.eps
-
-
-class Scheduler(compat.OptimizerParamScheduler):
-    """Megatron's scheduler, counted so that the first update already moves.
-
-    ``num_steps`` is the number of the update about to happen, from 1. Call ``step(1)`` after every update.
-    """
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the position of a saved scheduler; the shape of the schedule stays this one's."""
-        self.num_steps = 0
-        self.step(int(state_dict["num_steps"]))
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of AdamW's groups for the update about to happen."""
-        return self.get_lr({"max_lr": self.max_lr, "min_lr": self.min_lr})
-
-
-def build_scheduler(settings: OptimizerSettings, optimizer: Optimizer, total_steps: int | None = None) -> Scheduler:
-    """The schedule of ``settings`` over ``total_steps`` updates, at its first.
-
-    total_steps may be None for a constant schedule only. ValueError when a falling schedule has no length, or when the
-    warm-up does not end before it does.
-    """
-    falling = settings.schedule != "constant"
-    if falling and total_steps is None:
-        raise ValueError(f"optimizer.schedule={settings.schedule} needs a known number of steps")
-    if falling and settings.warmup_steps >= (total_steps or 0):
-        raise ValueError(f"optimizer.warmup_steps={settings.warmup_steps} must be less than the {total_steps} steps")
-    last = total_steps if falling and total_steps is not None else settings.warmup_steps + 1
-    partial = falling and settings.decay_fraction < 1
-    scheduler = Scheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=last,
-        lr_decay_style="WSD" if partial else settings.schedule,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=1,
-        wd_incr_style="constant",
-        # A warm-up longer than the plateau leaves less than the fraction for the fall.
-        wsd_decay_steps=min(round(settings.decay_fraction * last), last - settings.warmup_steps) if partial else None,
-        lr_wsd_decay_style=settings.schedule if partial else None,
-    )
-    scheduler.step(1)
-    return scheduler
+            group["lr"] = group["max_lr"] = settings.muon_lr if muon else settings.lr
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]

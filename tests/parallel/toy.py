@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from parallel import compat, mesh
-from parallel.optimizer import OptimizerSettings, build_optimizer, connect, wrap_model
+from parallel.optimizer import OptimizerSettings, build_optimizer, wrap_model
 
 VOCABULARY, LENGTH, BATCH = 64, 16, 4
 
@@ -43,11 +43,8 @@ class Toy:
         self.device, self.settings = device, settings
         self.chunks = wrap_model([model], settings)
         self.optimizer = build_optimizer(settings, self.chunks)
-        connect(self.chunks, self.optimizer)
+        self.config.finalize_model_grads_func = compat.finalize_model_grads
         self.steps = 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["max_lr"]
-            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
 
     def step(self) -> float:
         """One update on the batch that belongs to the step; returns the mean loss over the global batch."""
