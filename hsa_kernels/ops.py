@@ -1,10 +1,14 @@
 """Public attention operators: one signature, a plain torch reference and Triton kernels behind it.
 
-backend = "reference": `hsa_kernels.reference`, any size and dtype. "triton": the kernels, or an error that says what
-they do not support. "auto": the kernels on CUDA where they support the case, the reference otherwise.
+backend = "reference": `hsa_kernels.reference`, any size and dtype. "triton": the kernels, or a ValueError that says
+what they do not support. "auto": the kernels on CUDA where they support the case, the reference otherwise.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -16,9 +20,27 @@ __all__ = ["hsa_attention", "select_chunks", "selection_weights", "sliding_windo
 BACKENDS = ("auto", "reference", "triton")
 
 
-def _check_backend(backend: str) -> None:
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _use_kernels(backend: str, name: str, device_type: str, reason: Callable[[], str | None]) -> bool:
+    """Whether the kernels run this call. reason() tells why they can't take it, None if they can."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    if backend == "reference" or (backend == "auto" and (device_type != "cuda" or not _has_triton())):
+        return False
+    if not _has_triton():
+        raise ValueError(f"{name}: backend 'triton' needs the triton package")
+    from hsa_kernels.triton import interpreter
+
+    if device_type != "cuda" and not interpreter.enabled():
+        raise ValueError(f"{name}: backend 'triton' needs CUDA tensors, got {device_type} (or TRITON_INTERPRET=1)")
+    why = reason()
+    if why is not None and backend == "triton":
+        raise ValueError(f"{name}: the kernels do not support {why}; use backend 'auto' or 'reference'")
+    return why is None
 
 
 def hsa_attention(
@@ -32,8 +54,23 @@ def hsa_attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Hierarchical sparse attention; shapes and equations in `reference.hsa_attention`."""
-    _check_backend(backend)
+    """Hierarchical sparse attention; shapes and equations in `reference.hsa_attention`.
+
+    The kernels ignore ids outside 0..C-1. Under torch.use_deterministic_algorithms(True) they give equal bits in every
+    run, at some cost; otherwise gradients (and outputs at head ratios below 8) are summed in no fixed order.
+    """
+
+    def reason() -> str | None:
+        from hsa_kernels.triton import attention
+
+        return attention.supports(q, k, v, weights, indices, chunk_size)
+
+    if _use_kernels(backend, "hsa_attention", q.device.type, reason):
+        from hsa_kernels.triton import register
+
+        reference.check_hsa_shapes(q, k, v, weights, indices, chunk_size)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+        return register.attention_op(q, k, v, weights, indices.int(), chunk_size, scale)
     return reference.hsa_attention(q, k, v, weights, indices, chunk_size=chunk_size, softmax_scale=softmax_scale)
 
 
@@ -50,7 +87,17 @@ def select_chunks(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Top-k chunks per token and their differentiable scores; rules in `reference.select_chunks`."""
-    _check_backend(backend)
+
+    def reason() -> str | None:
+        from hsa_kernels import select
+
+        return select.supports(q, landmarks, top_k, noise)
+
+    if _use_kernels(backend, "select_chunks", q.device.type, reason):
+        from hsa_kernels.triton import register
+
+        reference.check_selection_shapes(q, landmarks, documents, top_k, chunk_size, query_offset)
+        return register.select_op(q, landmarks, documents, top_k, chunk_size, query_offset, exclude_window)
     return reference.select_chunks(
         q,
         landmarks,
@@ -74,8 +121,21 @@ def sliding_window_attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal attention to the last `window` tokens; rules in `reference.sliding_window_attention`."""
-    _check_backend(backend)
+    """Causal attention to the last `window` tokens; rules in `reference.sliding_window_attention`.
+
+    On CUDA this is FlexAttention with a band of blocks (backend "triton" asks for it, "auto" takes it).
+    """
+
+    def reason() -> str | None:
+        from hsa_kernels import window as window_attention
+
+        return window_attention.supports(q, k, v)
+
+    if _use_kernels(backend, "sliding_window_attention", q.device.type, reason):
+        from hsa_kernels import window as window_attention
+
+        reference.check_window_shapes(q, k, v, window, documents, key_offset)
+        return window_attention.flex_window(q, k, v, window, documents, key_offset, softmax_scale)
     return reference.sliding_window_attention(
         q, k, v, window=window, documents=documents, key_offset=key_offset, softmax_scale=softmax_scale
     )

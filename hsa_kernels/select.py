@@ -1,0 +1,112 @@
+"""Exact top-k chunk selection by kernels, and the gradient of the selected scores by blocks of matrix products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from hsa_kernels.triton import interpreter, select_kernels
+from hsa_kernels.triton.attention import precision
+
+# Candidates (id and score) that one pass over the queries may hold, in bytes.
+_PASS_BYTES = 1 << 29
+# One block of the scattered score gradient, in bytes.
+_BLOCK_BYTES = 1 << 28
+
+
+def supports(q: Tensor, landmarks: Tensor, top_k: int, noise: Tensor | None) -> str | None:
+    """None when the kernels take this case, else the reason why not."""
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or landmarks.dtype != q.dtype:
+        return f"dtype {q.dtype} with landmarks {landmarks.dtype} (bfloat16, float16 or float32, both the same)"
+    if q.dtype == torch.bfloat16 and interpreter.enabled():
+        return "bfloat16 under Triton's interpreter"
+    if q.shape[-1] < 16 or (q.shape[-1] & (q.shape[-1] - 1)):
+        return f"retrieval size {q.shape[-1]} (a power of two from 16 on)"
+    if top_k > 128:
+        return f"top_k {top_k} (1 to 128)"
+    if top_k >= landmarks.shape[1]:
+        return f"top_k {top_k} of {landmarks.shape[1]} chunks: nothing to choose"
+    if noise is not None:
+        return "selection noise"
+    if q.numel() == 0:
+        return "empty input"
+    return None
+
+
+def select(
+    q: Tensor,
+    landmarks: Tensor,
+    documents: Tensor | None,
+    *,
+    top_k: int,
+    chunk_size: int,
+    query_offset: int,
+    exclude_window: int,
+) -> tuple[Tensor, Tensor]:
+    """Indices (B, L, Hr, top_k) int32 and scores float32; rules in `reference.select_chunks`."""
+    batch, length, heads, dim = q.shape
+    chunks = landmarks.shape[1]
+    device = q.device
+    classes = max(128, triton.next_power_of_2(2 * top_k))
+    capacity = 2 * classes
+    rows = 64 if classes == 128 and q.dtype != torch.float32 else 32
+    block_d = min(dim, 128 if q.dtype != torch.float32 else 64)
+    ids = torch.empty(batch, length, heads, top_k, dtype=torch.int32, device=device)
+    scores = torch.empty(batch, length, heads, top_k, dtype=torch.float32, device=device)
+    chunk_docs = docs = q
+    keys = 0
+    if documents is not None:
+        docs = documents.contiguous()
+        keys = docs.shape[1]
+        first = docs[:, ::chunk_size][:, :chunks]
+        chunk_docs = torch.nn.functional.pad(first, (0, chunks - first.shape[1]), value=-1).contiguous()
+    step = max(rows, _PASS_BYTES // (batch * heads * capacity * 8) // rows * rows)
+    for begin in range(0, length, step):
+        part = q[:, begin : begin + step]
+        n = part.shape[1]
+        cand_id = torch.empty(batch * heads, n, capacity, dtype=torch.int32, device=device)
+        cand_score = torch.empty(batch * heads, n, capacity, dtype=torch.float32, device=device)
+        count = torch.empty(batch * heads, n, dtype=torch.int32, device=device)
+        select_kernels.candidates_kernel[(triton.cdiv(n, rows), batch * heads)](
+            part, landmarks, docs, chunk_docs, cand_id, cand_score, count,
+            1.0 / math.sqrt(dim), n, chunks, query_offset + begin, exclude_window, keys,
+            *part.stride(), *landmarks.stride(),
+            HEADS=heads, S=chunk_size, DR=dim, BD=block_d, BM=rows, BN=classes, TOPK=top_k, CAP=capacity,
+            DOCUMENTS=documents is not None, PRECISION=precision(q.dtype), num_warps=4, num_stages=2,
+        )  # fmt: skip
+        whole = n == length
+        out_ids = ids if whole else torch.empty(batch, n, heads, top_k, dtype=torch.int32, device=device)
+        out_scores = scores if whole else torch.empty(batch, n, heads, top_k, dtype=torch.float32, device=device)
+        select_kernels.choose_kernel[(triton.cdiv(n, 16), batch * heads)](
+            cand_id, cand_score, count, out_ids, out_scores, torch.finfo(torch.float32).min, n,
+            HEADS=heads, BM=16, TOPK=top_k, KP=triton.next_power_of_2(top_k), CAP=capacity, num_warps=4,
+        )  # fmt: skip
+        if not whole:
+            ids[:, begin : begin + n] = out_ids
+            scores[:, begin : begin + n] = out_scores
+    return ids, scores
+
+
+def select_backward(q: Tensor, landmarks: Tensor, indices: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the selected scores: a block of queries at a time, scattered to (block, C) and multiplied."""
+    batch, length, heads, dim = q.shape
+    chunks = landmarks.shape[1]
+    scale = 1.0 / math.sqrt(dim)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dlm = torch.zeros(batch, heads, chunks, dim, dtype=torch.float32, device=q.device)
+    lm = landmarks.transpose(1, 2)
+    block = max(1, _BLOCK_BYTES // (batch * heads * (chunks + 1) * 4))
+    for begin in range(0, length, block):
+        part = slice(begin, min(begin + block, length))
+        ids = indices[:, part].transpose(1, 2).long()
+        g = (grad[:, part].transpose(1, 2) * scale).to(q.dtype)
+        wide = torch.zeros(*ids.shape[:3], chunks + 1, dtype=q.dtype, device=q.device)
+        # -1 goes to the column that is cut off. No id is listed twice, so a plain scatter is exact.
+        wide.scatter_(-1, torch.where(ids < 0, chunks, ids), g)
+        wide = wide[..., :chunks]
+        dq[:, part] = torch.matmul(wide, lm).transpose(1, 2)
+        dlm += torch.matmul(wide.transpose(-1, -2), q[:, part].transpose(1, 2)).float()
+    return dq, dlm.transpose(1, 2).to(landmarks.dtype).contiguous()

@@ -1,0 +1,236 @@
+"""Host side of the attention kernels: choice of loop order, memory of the passes, launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsa_kernels.index import build_pairs, build_union
+from hsa_kernels.triton import attention_kernels as kernels
+from hsa_kernels.triton import interpreter
+
+# fp32 sums of o or dq that one pass over the queries may hold.
+_PASS_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Launch parameters of one kernel: rows of a tile (tokens x query heads), warps, pipeline stages."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+def union_tile(ratio: int) -> int:
+    """Tokens of a union tile: 64 rows for the matrix units, at most 16 tokens (the union grows faster than it pays)."""
+    return max(1, min(16, 64 // ratio))
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, chunk_size: int) -> str | None:
+    """None when the kernels take this case, else the reason why not."""
+    dim, ratio = q.shape[-1], q.shape[2] // k.shape[2]
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} of q, k, v (bfloat16, float16 or float32, all the same)"
+    if weights.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"weights of {weights.dtype} (bfloat16, float16 or float32)"
+    if q.dtype == torch.bfloat16 and interpreter.enabled():
+        return "bfloat16 under Triton's interpreter"
+    if dim not in (16, 32, 64, 128):
+        return f"head size {dim} (16, 32, 64 or 128)"
+    if chunk_size not in (16, 32, 64, 128):
+        return f"chunk size {chunk_size} (16, 32, 64 or 128)"
+    if ratio not in (1, 2, 4, 8, 16, 32):
+        return f"{ratio} query heads per key/value head (1, 2, 4, 8, 16 or 32)"
+    if not 1 <= indices.shape[-1] <= 256:
+        return f"{indices.shape[-1]} chunks per token (1 to 256)"
+    if q.numel() == 0 or k.numel() == 0:
+        return "empty input"
+    return None
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 products from three TF32 ones: relative error 1e-6 on the matrix units."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def _union_tiling(q: Tensor, chunk_size: int, backward: bool) -> Tiling:
+    if q.dtype == torch.float32:
+        return Tiling(64, 4, 1)
+    return Tiling(64, 4, 2 if backward or chunk_size > 64 else 3)
+
+
+def _chunk_tiling(q: Tensor, chunk_size: int, backward: bool) -> Tiling:
+    if q.dtype == torch.float32:
+        return Tiling(32 if chunk_size > 64 else 64, 8, 1)
+    if backward:
+        return Tiling(64 if chunk_size > 64 else 128, 8, 2)
+    return Tiling(128, 8, 2)
+
+
+def forward_union(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_size: int, scale: float) -> Tensor:
+    """o by union tiles: no atomics, no buffer but the union lists."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _launch_union(q, k, v, w, idx, q, out, w, chunk_size, scale, backward=False)
+    return out
+
+
+def _launch_union(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    idx: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    dw: Tensor,
+    chunk_size: int,
+    scale: float,
+    *,
+    backward: bool,
+) -> None:
+    batch, length, heads_q, dim = q.shape
+    heads = k.shape[2]
+    ratio = heads_q // heads
+    union = build_union(idx, k.shape[1] // chunk_size, union_tile(ratio))
+    tiling = _union_tiling(q, chunk_size, backward)
+    kernels.union_attention_kernel[(union.count.numel(),)](
+        q, k, v, w, grad, out, dw, union.chunks, union.slots, union.count, scale, length,
+        *q.stride(), *k.stride(), *v.stride(), *w.stride(), *grad.stride(), *out.stride(), *dw.stride(),
+        HEADS=heads, R=ratio, T=union.tile, TOPK=idx.shape[3], S=chunk_size, D=dim, BACKWARD=backward,
+        PRECISION=precision(q.dtype), num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
+
+
+def _launch_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    idx: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    dw: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    chunk_size: int,
+    scale: float,
+    *,
+    with_dq: bool,
+    parts: bool,
+) -> None:
+    """One pass over the queries of q. dk, dv: fp32 sums to add to, or with parts the results themselves."""
+    batch, length, heads_q, dim = q.shape
+    heads = k.shape[2]
+    ratio, chunks, top_k = heads_q // heads, k.shape[1] // chunk_size, idx.shape[3]
+    backward = dk is not None
+    tiling = _chunk_tiling(q, chunk_size, backward)
+    tile = max(1, tiling.rows // ratio)
+    # q, o, do and dq of one segment stay in the L2 cache; longer for longer inputs, so that bins hold whole tiles.
+    window = 2048 * 16 * 128 // (heads_q * dim)
+    segment = length if parts else max(window, chunks * 16 // top_k)
+    part = 1 << (max(1, 8192 // ratio) - 1).bit_length()
+    if parts:
+        part *= 8
+    pairs = build_pairs(idx, chunks, segment=segment, part=part, stable=parts)
+    if parts:
+        dk_to, dv_to = (
+            torch.empty(pairs.max_items, chunk_size, dim, dtype=torch.float32, device=q.device) for _ in "kv"
+        )
+    else:
+        dk_to, dv_to = (dk, dv) if dk is not None and dv is not None else (out, out)
+    kernels.chunk_attention_kernel[(pairs.max_items,)](
+        q, k, v, w, grad, out, dw, dk_to, dv_to,
+        pairs.order, pairs.start, pairs.item_bin, pairs.item_first, pairs.item_start[-1:],
+        scale, length, chunks, pairs.segments,
+        *q.stride(), *k.stride(), *v.stride(), *w.stride(), *grad.stride(), *dw.stride(),
+        HEADS=heads, R=ratio, T=tile, TOPK=top_k, S=chunk_size, D=dim, PART=part, BACKWARD=backward,
+        WITH_DQ=with_dq, PARTS=parts, PRECISION=precision(q.dtype),
+        num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
+    if parts and dk is not None and dv is not None:
+        for source, target in ((dk_to, dk), (dv_to, dv)):
+            kernels.sum_parts_kernel[(chunks, batch * heads)](
+                source, target, pairs.item_start, chunks, *target.stride(), HEADS=heads, S=chunk_size, D=dim
+            )
+
+
+def _query_passes(q: Tensor) -> list[slice]:
+    batch, length, heads, dim = q.shape
+    step = max(2048, _PASS_BYTES // (batch * heads * dim * 4) // 2048 * 2048)
+    return [slice(i, min(i + step, length)) for i in range(0, length, step)]
+
+
+def forward_chunks(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_size: int, scale: float) -> Tensor:
+    """o by chunks: full matrix tiles at any head ratio, sums in fp32 by atomic adds (not bit-equal between runs)."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for part in _query_passes(q):
+        ids = idx[:, part].contiguous()
+        total = torch.zeros(q[:, part].shape, dtype=torch.float32, device=q.device)
+        _launch_chunks(
+            q[:, part], k, v, w[:, part], ids, q[:, part], total, w[:, part], None, None, chunk_size, scale,
+            with_dq=False, parts=False,
+        )  # fmt: skip
+        out[:, part] = total
+    return out
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_size: int, scale: float) -> Tensor:
+    """o by the loop order that suits the head ratio; see docs/kernels.md for the rule."""
+    ratio = q.shape[2] // k.shape[2]
+    if ratio >= 8 or torch.are_deterministic_algorithms_enabled():
+        return forward_union(q, k, v, w, idx, chunk_size, scale)
+    return forward_chunks(q, k, v, w, idx, chunk_size, scale)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, grad: Tensor, chunk_size: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dw by the loop order that suits the head ratio."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    form = {"one_pass": not deterministic, "deterministic": deterministic}
+    return backward_form(q, k, v, w, idx, grad, chunk_size, scale, **form)
+
+
+def backward_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    idx: Tensor,
+    grad: Tensor,
+    chunk_size: int,
+    scale: float,
+    *,
+    one_pass: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dw.
+
+    one_pass: everything in chunk order, dq by atomic adds. Otherwise dq and dw in union order, dk and dv in chunk
+    order. deterministic takes the second form, with dk and dv summed in a fixed order.
+    """
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    # Columns of -1 are never visited.
+    dw = torch.zeros_like(w, memory_format=torch.contiguous_format)
+    args = (chunk_size, scale)
+    if deterministic:
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        _launch_union(q, k, v, w, idx, grad, dq, dw, *args, backward=True)
+        _launch_chunks(q, k, v, w, idx, grad, dq, dw, dk, dv, *args, with_dq=False, parts=True)
+        return dq, dk, dv, dw
+    batch, keys, heads, dim = k.shape
+    dk32, dv32 = (torch.zeros(batch, heads, keys, dim, dtype=torch.float32, device=q.device) for _ in "kv")
+    if not one_pass:
+        _launch_union(q, k, v, w, idx, grad, dq, dw, *args, backward=True)
+    for part in _query_passes(q):
+        ids = idx[:, part].contiguous()
+        inputs = (q[:, part], k, v, w[:, part], ids, grad[:, part])
+        total = torch.zeros(q[:, part].shape, dtype=torch.float32, device=q.device) if one_pass else dq
+        _launch_chunks(*inputs, total, dw[:, part], dk32, dv32, *args, with_dq=one_pass, parts=False)
+        if one_pass:
+            dq[:, part] = total
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    return dq, dk.copy_(dk32.transpose(1, 2)), dv.copy_(dv32.transpose(1, 2)), dw

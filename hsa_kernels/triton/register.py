@@ -1,0 +1,103 @@
+"""The kernels as torch custom operators, with shapes for tracing (torch.compile, fake tensors) and gradients.
+
+`torch.use_deterministic_algorithms(True)` chooses the forms without atomic adds: equal bits in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hsa_kernels import select as selection
+from hsa_kernels.triton import attention
+
+
+@torch.library.custom_op("hsa_kernels::attention", mutates_args=())
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, chunk_size: int, scale: float
+) -> Tensor:
+    """hsa_attention by kernels; shapes in `reference.hsa_attention`, indices int32."""
+    return attention.forward(q, k, v, weights, indices.contiguous(), chunk_size, scale)
+
+
+@attention_op.register_fake
+def _(q, k, v, weights, indices, chunk_size, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("hsa_kernels::attention_backward", mutates_args=())
+def attention_backward_op(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, grad: Tensor, chunk_size: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, weights."""
+    return attention.backward(q, k, v, weights, indices.contiguous(), grad, chunk_size, scale)
+
+
+@attention_backward_op.register_fake
+def _(q, k, v, weights, indices, grad, chunk_size, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, weights))
+
+
+def _save_attention(ctx, inputs, output):
+    q, k, v, weights, indices, ctx.chunk_size, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, weights, indices)
+
+
+def _attention_gradient(ctx, grad):
+    grads = attention_backward_op(*ctx.saved_tensors, grad, ctx.chunk_size, ctx.scale)
+    return (*grads, None, None, None)
+
+
+attention_op.register_autograd(_attention_gradient, setup_context=_save_attention)
+
+
+@torch.library.custom_op("hsa_kernels::select", mutates_args=())
+def select_op(
+    q: Tensor,
+    landmarks: Tensor,
+    documents: Tensor | None,
+    top_k: int,
+    chunk_size: int,
+    query_offset: int,
+    exclude_window: int,
+) -> tuple[Tensor, Tensor]:
+    """select_chunks by kernels; shapes in `reference.select_chunks`."""
+    return selection.select(
+        q,
+        landmarks,
+        documents,
+        top_k=top_k,
+        chunk_size=chunk_size,
+        query_offset=query_offset,
+        exclude_window=exclude_window,
+    )
+
+
+@select_op.register_fake
+def _(q, landmarks, documents, top_k, chunk_size, query_offset, exclude_window):
+    shape = (*q.shape[:3], top_k)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("hsa_kernels::select_backward", mutates_args=())
+def select_backward_op(q: Tensor, landmarks: Tensor, indices: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the selected scores in q and landmarks."""
+    return selection.select_backward(q, landmarks, indices, grad)
+
+
+@select_backward_op.register_fake
+def _(q, landmarks, indices, grad):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, landmarks))
+
+
+def _save_select(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1], output[0])
+    ctx.mark_non_differentiable(output[0])
+
+
+def _select_gradient(ctx, _, grad):
+    dq, dlm = select_backward_op(*ctx.saved_tensors, grad)
+    return dq, dlm, None, None, None, None, None
+
+
+select_op.register_autograd(_select_gradient, setup_context=_save_select)

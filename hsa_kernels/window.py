@@ -1,0 +1,90 @@
+"""Sliding-window attention on CUDA by well-kept kernels: FlexAttention over a band of blocks, or torch's fused causal
+attention (cuDNN, FlashAttention) where the window covers everything.
+
+The band's block lists are arithmetic, so nothing of size L x L is ever made, documents or not.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+# FlexAttention's block of queries and of keys.
+_BLOCK = 128
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """None when this module takes the case, else the reason why not."""
+    if q.device.type != "cuda":
+        return f"tensors on {q.device.type}"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k.dtype == v.dtype:
+        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} of q, k, v (bfloat16, float16 or float32, all the same)"
+    if q.shape[-1] not in (16, 32, 64, 128, 256):
+        return f"head size {q.shape[-1]} (16, 32, 64, 128 or 256)"
+    if q.numel() == 0:
+        return "empty input"
+    return None
+
+
+def flex_window(
+    q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None, key_offset: int, scale: float | None
+) -> Tensor:
+    """Shapes and rule in `reference.sliding_window_attention`."""
+    length, keys = q.shape[1], k.shape[1]
+    qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[2] != k.shape[2]
+    if window >= length and length == keys and documents is None and q.dtype != torch.float32:
+        out = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=gqa)
+        return out.transpose(1, 2).contiguous()
+
+    if documents is None:
+
+        def mask_mod(b, h, i, j):
+            p = i + key_offset
+            return (j <= p) & (j > p - window)
+
+    else:
+        docs = documents
+
+        def mask_mod(b, h, i, j):
+            p = i + key_offset
+            return (j <= p) & (j > p - window) & (docs[b, p] == docs[b, j])
+
+    lists = _band(length, keys, window, key_offset, documents is None, q.device)
+    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, seq_lengths=(length, keys))
+    # Every window, offset and dtype is a specialisation of its own; the default limit of 8 is soon reached.
+    with torch._dynamo.config.patch(recompile_limit=256):
+        out = _compiled()(qh, kh, vh, block_mask=mask, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2).contiguous()
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(flex_attention)
+
+
+@functools.lru_cache(maxsize=64)
+def _band(
+    length: int, keys: int, window: int, offset: int, skip_mask: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Partial and full key blocks of every query block: (numbers, ids) twice; full ones only where skip_mask."""
+    rows, columns = -(-length // _BLOCK), -(-keys // _BLOCK)
+    first = torch.arange(rows, device=device) * _BLOCK + offset  # position of a block's first query
+    last = torch.clamp(first + _BLOCK - 1, max=offset + length - 1)
+    column = torch.arange(columns, device=device)
+    low, high = torch.clamp(first - window + 1, min=0) // _BLOCK, last // _BLOCK
+    touched = (column >= low[:, None]) & (column <= high[:, None])
+    if not skip_mask:
+        return (*_ordered(touched), None, None)
+    whole = (column * _BLOCK + _BLOCK - 1 <= first[:, None]) & (column * _BLOCK > (last - window)[:, None])
+    return (*_ordered(touched & ~whole), *_ordered(touched & whole))
+
+
+def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Row lists of a block matrix as FlexAttention wants them: numbers (1, 1, rows), ids (1, 1, rows, columns)."""
+    ids = torch.argsort(dense.int(), dim=-1, descending=True, stable=True)
+    return dense.sum(-1, dtype=torch.int32)[None, None], ids.int()[None, None].contiguous()

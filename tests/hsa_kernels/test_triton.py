@@ -1,0 +1,221 @@
+"""The kernels against the oracle: on a GPU as they are, without one under Triton's interpreter (small sizes)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Decided before the kernels are imported; a machine with a GPU runs them for real.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton")
+
+from hsa_kernels import hsa_attention, reference, select_chunks, selection_weights
+from hsa_kernels import index as work_lists
+from hsa_kernels.triton import attention, interpreter, register
+
+DEVICE = "cpu" if interpreter.enabled() else "cuda"
+# A GPU gets half precision as bfloat16; the interpreter has no bfloat16 products.
+HALF = torch.float16 if interpreter.enabled() else torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Uninitialised memory holds NaN (or nonsense ids), so that whatever is read must have been written."""
+    real_empty, real_like = torch.empty, torch.empty_like
+
+    def poison(x):
+        return x.fill_(float("nan") if x.is_floating_point() else 1 << 30 if x.dtype == torch.int32 else 77)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: poison(real_empty(*a, **kw)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: poison(real_like(*a, **kw)))
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    assert torch.isfinite(got).all()
+    scale = want.double().norm().item()
+    return (got.double() - want.double()).norm().item() / scale if scale > 0 else got.double().norm().item()
+
+
+def make(batch, length, heads, ratio, chunks, size, dim, top_k, dtype=torch.float32, pattern="random", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, length, heads * ratio, dim, generator=g)
+    k, v = (torch.randn(batch, chunks * size, heads, dim, generator=g) for _ in "kv")
+    w = torch.rand(batch, length, heads, top_k, generator=g)
+    idx = torch.randint(-1, chunks, (batch, length, heads, top_k), generator=g, dtype=torch.int32)
+    if pattern == "hot":  # everybody chooses the same chunk, in every column
+        idx.fill_(chunks - 1)
+    if pattern == "none":
+        idx.fill_(-1)
+    idx[:, length // 2] = -1  # a token without chunks
+    w[:, 0] = 0.0  # a token with weights of 0
+    cot = torch.randn(batch, length, heads * ratio, dim, generator=g)
+    tensors = [x.to(dtype).to(DEVICE) for x in (q, k, v)] + [w.to(DEVICE)]
+    return tensors, idx.to(DEVICE), cot.to(dtype).to(DEVICE)
+
+
+def oracle(tensors, idx, cot, size, scale):
+    inputs = [x.double().requires_grad_() for x in tensors]
+    out = reference.hsa_attention(*inputs, idx, chunk_size=size, softmax_scale=scale)
+    if not out.requires_grad:
+        return out, [torch.zeros_like(x) for x in inputs]
+    return out.detach(), torch.autograd.grad(out, inputs, cot.double(), allow_unused=True, materialize_grads=True)
+
+
+FORMS = {
+    "one_pass": {"one_pass": True, "deterministic": False},
+    "two_pass": {"one_pass": False, "deterministic": False},
+    "deterministic": {"one_pass": False, "deterministic": True},
+}
+
+# batch, length, kv heads, ratio, chunks, chunk size, head size, top_k, dtype, pattern
+CASES = [
+    (2, 21, 2, 4, 4, 16, 16, 3, torch.float32, "random"),
+    (1, 19, 1, 16, 3, 32, 32, 5, torch.float32, "random"),
+    (1, 9, 2, 1, 5, 16, 16, 4, torch.float32, "random"),
+    (2, 7, 1, 32, 2, 16, 32, 2, torch.float32, "random"),
+    (1, 11, 1, 8, 3, 64, 64, 3, HALF, "random"),
+    (1, 13, 1, 2, 2, 128, 16, 2, HALF, "random"),
+    (1, 10, 1, 16, 2, 64, 128, 2, HALF, "random"),
+    (1, 17, 1, 4, 3, 16, 16, 3, torch.float32, "hot"),
+    (1, 9, 2, 8, 3, 16, 16, 2, torch.float32, "none"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c))
+def test_attention_kernels_equal_the_oracle(case):
+    *shape, dtype, pattern = case
+    tensors, idx, cot = make(*shape, dtype=dtype, pattern=pattern)
+    size = shape[5]
+    scale = 0.3
+    out, grads = oracle(tensors, idx, cot, size, scale)
+    tol = 1e-5 if dtype == torch.float32 else 3e-3
+    for form in (attention.forward_union, attention.forward_chunks):
+        assert relative(form(*tensors, idx, size, scale), out) <= tol, form.__name__
+    for name, form in FORMS.items():
+        got = attention.backward_form(*tensors, idx, cot, size, scale, **form)
+        for label, a, b in zip("q k v w".split(), got, grads, strict=True):
+            assert a.dtype == tensors["qkvw".index(label)].dtype
+            assert relative(a, b) <= tol, (name, label)
+
+
+def test_many_columns_and_long_bins_are_split():
+    """K over 128 (16-bit slots), and bins longer than one work item."""
+    tensors, idx, cot = make(1, 3, 1, 32, 3, 16, 16, 130)
+    out, grads = oracle(tensors, idx, cot, 16, 1.0)
+    assert relative(attention.forward_union(*tensors, idx, 16, 1.0), out) <= 1e-5
+    pairs = work_lists.build_pairs(idx, 3, segment=2, part=32, stable=False)
+    assert int(pairs.item_start[-1]) > 3 * pairs.segments  # 3 chunks, 3 segments: some bins have two parts
+    got = attention.backward_form(*tensors, idx, cot, 16, 1.0, **FORMS["one_pass"])
+    for a, b in zip(got, grads, strict=True):
+        assert relative(a, b) <= 1e-5
+
+
+def test_passes_over_the_queries_add_up(monkeypatch):
+    monkeypatch.setattr(attention, "_PASS_BYTES", 0)
+    tensors, idx, cot = make(1, 2065, 1, 1, 2, 16, 16, 1)
+    out, grads = oracle(tensors, idx, cot, 16, 0.25)
+    assert len(attention._query_passes(tensors[0])) == 2
+    assert relative(attention.forward_chunks(*tensors, idx, 16, 0.25), out) <= 1e-5
+    got = attention.backward_form(*tensors, idx, cot, 16, 0.25, **FORMS["one_pass"])
+    for a, b in zip(got, grads, strict=True):
+        assert relative(a, b) <= 1e-5
+
+
+def test_operator_takes_non_contiguous_inputs_and_gives_gradients():
+    tensors, idx, cot = make(2, 12, 2, 4, 3, 16, 16, 3)
+    want, grads = oracle(tensors, idx, cot, 16, 0.25)
+    odd = [x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in tensors]
+    ids = idx.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not odd[0].is_contiguous() and not ids.is_contiguous()
+    out = hsa_attention(*odd, ids, chunk_size=16, backend="triton")
+    assert relative(out.detach(), want) <= 1e-5
+    for a, b in zip(
+        torch.autograd.grad(out, odd, cot.transpose(0, 1).contiguous().transpose(0, 1)), grads, strict=True
+    ):
+        assert relative(a, b) <= 1e-5
+
+
+def test_deterministic_mode_repeats_its_bits():
+    tensors, idx, cot = make(1, 40, 2, 2, 3, 16, 16, 3, dtype=HALF)
+    inputs = [x.requires_grad_() for x in tensors]
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            out = hsa_attention(*inputs, idx, chunk_size=16, backend="triton")
+            runs.append([out, *torch.autograd.grad(out, inputs, cot)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "dim", "chunks", "top_k", "size", "offset", "exclude", "documents", "kind"),
+    [
+        (40, 2, 16, 300, 5, 1, 280, 0, False, "normal"),
+        (33, 1, 64, 60, 7, 4, 100, 9, True, "normal"),
+        (20, 1, 16, 600, 64, 1, 590, 0, False, "equal"),
+        (10, 1, 256, 150, 3, 2, 300, 0, False, "normal"),
+        (12, 1, 16, 900, 64, 1, 899, 0, False, "periodic"),
+        (5, 1, 16, 300, 100, 1, 298, 0, False, "normal"),
+    ],
+)
+def test_selection_equals_the_oracle(length, heads, dim, chunks, top_k, size, offset, exclude, documents, kind):
+    g = torch.Generator().manual_seed(chunks)
+    # Small integers make every sum exact, so ids must agree to the last one, ties included.
+    q, lm = (torch.randint(-9, 10, (2, n, heads, dim), generator=g).float() for n in (length, chunks))
+    if kind == "equal":
+        lm[:] = 1.0
+    if kind == "periodic":  # high scores in few residue classes: the candidates overflow
+        lm += 40.0 * (torch.arange(chunks) % 128 < 40).float().view(1, -1, 1, 1) * q[:, :1].sign()
+        q = q[:, :1].expand(-1, length, -1, -1) + 0.0
+    docs = (torch.arange(offset + length) // (size * 12)).int().expand(2, -1).to(DEVICE) if documents else None
+    q, lm = q.to(DEVICE).requires_grad_(), lm.to(DEVICE).requires_grad_()
+    kwargs = {"top_k": top_k, "chunk_size": size, "query_offset": offset, "exclude_window": exclude, "documents": docs}
+    ids, scores = select_chunks(q, lm, backend="triton", **kwargs)
+    want_ids, want = select_chunks(q, lm, backend="reference", **kwargs)
+    assert ids.dtype == torch.int32 and torch.equal(ids, want_ids)
+    torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-5)
+    cot = torch.randn(scores.shape, generator=g).to(DEVICE)
+    got = torch.autograd.grad((selection_weights(scores, ids) * cot).sum(), (q, lm))
+    for a, b in zip(got, torch.autograd.grad((selection_weights(want, ids) * cot).sum(), (q, lm)), strict=True):
+        assert relative(a, b) <= 1e-5
+
+
+def test_selection_in_passes(monkeypatch):
+    monkeypatch.setattr(register.selection, "_PASS_BYTES", 0)
+    monkeypatch.setattr(register.selection, "_BLOCK_BYTES", 0)
+    g = torch.Generator().manual_seed(0)
+    q, lm = (torch.randn(1, n, 1, 16, generator=g).to(DEVICE).requires_grad_() for n in (70, 90))
+    ids, scores = select_chunks(q, lm, top_k=3, chunk_size=1, query_offset=50, backend="triton")
+    want_ids, want = select_chunks(q, lm, top_k=3, chunk_size=1, query_offset=50, backend="reference")
+    assert torch.equal(ids, want_ids)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, lm)) for x in (scores, want)), strict=True):
+        assert relative(a, b) <= 1e-5
+
+
+def test_operators_pass_torch_checks():
+    """Fake kernels, aliasing and autograd registration, as torch.compile relies on them."""
+    tensors, idx, _ = make(1, 6, 1, 2, 2, 16, 16, 2)
+    inputs = [x.requires_grad_() for x in tensors]
+    torch.library.opcheck(register.attention_op, (*inputs, idx, 16, 0.25), test_utils=CHECKS)
+    q, lm = (torch.randn(1, n, 1, 16, device=DEVICE, requires_grad=True) for n in (5, 9))
+    torch.library.opcheck(register.select_op, (q, lm, None, 2, 1, 6, 0), test_utils=CHECKS)
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def test_unsupported_cases_say_why_and_auto_takes_the_reference():
+    tensors, idx, _ = make(1, 4, 1, 3, 2, 16, 16, 2)
+    with pytest.raises(ValueError, match="do not support 3 query heads"):
+        hsa_attention(*tensors, idx, chunk_size=16, backend="triton")
+    want = hsa_attention(*tensors, idx, chunk_size=16, backend="reference")
+    torch.testing.assert_close(hsa_attention(*tensors, idx, chunk_size=16), want)
+    q = torch.randn(1, 4, 1, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="nothing to choose"):
+        select_chunks(q, q, top_k=4, backend="triton")
