@@ -29,11 +29,11 @@ class SyntheticConfig:
 
     rate: share of the sequences that are synthetic (exact over time in every lane). tasks: relative frequency by task
     name. min_length: null makes one sample per sequence; a number packs samples of log-uniform lengths from there up
-    to the context (in tokens, whole chunks). digits: length of a number. keys: needles of ``niah_multikey`` and
-    ``niah_multiquery``. queries: how many of them ``niah_multiquery`` asks for. hops: assignments after the first in
-    ``variable_tracking``. copy_random: share of ``copy`` samples made of random tokens instead of text.
-    templates: wordings, see ``synthetic.build_sample``. *_weight: loss weight of natural text (haystacks included),
-    of the copied half, of answers.
+    to the context (in tokens, whole chunks; a task that does not fit is drawn again). digits: length of a number.
+    keys: needles of ``niah_multikey`` and ``niah_multiquery``. queries: how many of them ``niah_multiquery`` asks
+    for. hops: assignments after the first in ``variable_tracking``. copy_random: share of ``copy`` samples made of
+    random tokens instead of text. templates: wordings, see ``synthetic.build_sample``. *_weight: loss weight of
+    natural text (haystacks included), of the copied half, of answers.
     """
 
     rate: float = 0.01

@@ -232,7 +232,7 @@ class _Lane:
 
     def _sample(self, rng: np.random.Generator, length: int) -> SyntheticSample:
         stream = self._stream
-        for _ in range(100):  # a rare draw of long words may not fit a short sample: draw other words
+        for _ in range(100):  # what does not fit a short sample is drawn again
             task = stream._tasks[int(np.searchsorted(stream._task_edges, rng.random(), side="right"))]
             try:
                 return build_sample(
@@ -319,18 +319,28 @@ class BatchStream:
             name: getattr(options, name) for name in ("templates", "digits", "keys", "queries", "hops", "copy_random")
         }
         if options.rate > 0:
-            shortest = -(-(options.min_length or self.context) // self.chunk_size) * self.chunk_size
-            rng = np.random.default_rng(0)
             for task in self._tasks:
-                build_sample(
-                    task,
-                    rng,
-                    self.tokenizer,
-                    lambda n: np.zeros(n, dtype=np.int32),
-                    shortest,
-                    chunk_size=self.chunk_size,
-                    **self._task_options,
-                )
+                self._try(task, self.context)
+            if options.min_length is not None:
+                self._check_shortest(-(-options.min_length // self.chunk_size) * self.chunk_size)
+
+    def _try(self, task: str, length: int) -> None:
+        rng = np.random.default_rng(0)
+
+        def blank(n: int) -> np.ndarray:
+            return np.zeros(n, dtype=np.int32)
+
+        build_sample(task, rng, self.tokenizer, blank, length, chunk_size=self.chunk_size, **self._task_options)
+
+    def _check_shortest(self, length: int) -> None:
+        """Short samples hold the tasks that fit; one must."""
+        problem: SampleTooShort | None = None
+        for task in self._tasks:
+            try:
+                return self._try(task, length)
+            except SampleTooShort as error:
+                problem = error
+        raise DataError(f"data.synthetic.min_length is too small for every task: {problem}")
 
     def next_arrays(self) -> dict[str, np.ndarray]:
         """The next batch as NumPy arrays (see PackedBatch for names, shapes and dtypes)."""
