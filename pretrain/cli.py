@@ -52,12 +52,23 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse, with `key=value` overrides anywhere: argparse closes an optional list at the first option behind it."""
+    args, rest = parser.parse_known_args(argv)
+    stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)} (see hsa {args.command} --help)")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if word in COMMANDS), None)
     try:
-        args = build_parser(command).parse_args(argv)
+        args = parse(build_parser(command), argv)
         return int(importlib.import_module(COMMANDS[args.command][0]).main(args) or 0)
     except BrokenPipeError:
         # The reader of stdout went away (`hsa plan ... | head`).

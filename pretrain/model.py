@@ -14,6 +14,7 @@ from parallel.compat import (
     ColumnParallelLinear,
     LanguageModelEmbedding,
     LanguageModule,
+    ModelType,
     ProcessGroupCollection,
     RotaryEmbedding,
     TransformerBlock,
@@ -104,6 +105,7 @@ class HSAModel(LanguageModule):
         groups = ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config=config, pg_collection=groups)
         self.model = model
+        self.model_type = ModelType.encoder_or_decoder  # asked for by Megatron's schedules
         self.schedule = AttentionSchedule()
         self.pre_process = self.post_process = True
         self.share_embeddings_and_output_weights = model.tied_embeddings

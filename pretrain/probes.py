@@ -12,23 +12,29 @@ from pretrain.model import HSAModel
 from pretrain.recipe import Recipe, StageConfig
 
 
-def measure(
-    model: HSAModel, recipe: Recipe, stage: StageConfig, metric: str, *, samples: int
-) -> tuple[float, dict[str, Any]]:
-    """Value of `metric` (such as `niah.single@16k`) with the stage's window and top-k, and a record for the log.
+class Probe:
+    """Asks a model for needles in held-out text. The text is read and tokenized once."""
 
-    The questions depend on the recipe's seed only, so a curve over training compares like with like.
-    """
-    engine = InferenceEngine(model, window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k)
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    tally = needle_accuracy(
-        engine,
-        tokenizer,
-        load_held_out(recipe.data.held_out, tokenizer),
-        metric,
-        samples=samples,
-        seed=recipe.seed,
-        chunk_size=recipe.model.chunk_size,
-        options={"digits": recipe.data.synthetic.digits},
-    )
-    return tally.accuracy, {"accuracy": tally.accuracy, "samples": tally.n}
+    def __init__(self, model: HSAModel, recipe: Recipe) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.tokenizer = load_tokenizer(recipe.data.tokenizer)
+        self.held_out = load_held_out(recipe.data.held_out, self.tokenizer)
+
+    def measure(self, stage: StageConfig, metric: str, *, samples: int) -> tuple[float, dict[str, Any]]:
+        """Value of `metric` (such as `niah.single@16k`) with the stage's window and top-k, and a record for the log.
+
+        The questions depend on the recipe's seed only, so a curve over training compares like with like.
+        """
+        synthetic = self.recipe.data.synthetic
+        tally = needle_accuracy(
+            InferenceEngine(self.model, window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k),
+            self.tokenizer,
+            self.held_out,
+            metric,
+            samples=samples,
+            seed=self.recipe.seed,
+            chunk_size=self.recipe.model.chunk_size,
+            options={"digits": synthetic.digits, "keys": synthetic.keys, "queries": synthetic.queries},
+        )
+        return tally.accuracy, {"accuracy": tally.accuracy, "samples": tally.n}

@@ -184,6 +184,9 @@ def recipe_from_container(raw: dict[str, Any], *, where: str) -> LoadedRecipe:
     raw["model"] = fill_preset(raw.get("model") or {}, where)
     try:
         config = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(raw))
+        tasks = ((raw.get("data") or {}).get("synthetic") or {}).get("tasks")
+        if tasks is not None:  # a choice of tasks replaces the default one, it is not added to it
+            config.data.synthetic.tasks = tasks
         OmegaConf.resolve(config)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:

@@ -159,6 +159,7 @@ class Training:
         self.until_stage = until_stage
         self.stop = stop
         self._cleanup = contextlib.ExitStack()
+        self._prober: Any = None
 
     def __enter__(self) -> Training:
         try:
@@ -237,7 +238,7 @@ class Training:
             )
         self.tracker = Tracker(
             self.run_dir,
-            OmegaConf.structured(recipe.tracking),
+            OmegaConf.structured(recipe.tracking.mlflow),
             is_writer=self.is_writer,
             params=self.loaded.frozen,
             resume_step=position.step,
@@ -292,6 +293,8 @@ class Training:
             self.run_dir.update_run(finished=position.finished, plan=self.controller.plan())
             if reason.requeue:
                 self.run_dir.request_requeue()
+            if position.finished:
+                self._draw_curve()
         self.console.say(f"stopped at step {position.step}: {reason.text}")
         self.tracker.close("FINISHED" if position.finished else "KILLED")
         mesh.barrier()
@@ -433,11 +436,13 @@ class Training:
     def _probe(self, stage: StageConfig) -> float:
         """Measure the stage's exit metric; the writer's value counts on every rank."""
         from parallel import mesh
-        from pretrain.probes import measure
+        from pretrain.probes import Probe
 
         until, position = stage.until, self.controller.position
         assert until.metric is not None
-        value, record = measure(self.model, self.recipe, stage, until.metric, samples=until.samples)
+        if self._prober is None:
+            self._prober = Probe(self.model, self.recipe)
+        value, record = self._prober.measure(stage, until.metric, samples=until.samples)
         value = mesh.broadcast_object(value)
         self.console.say(f"probe at step {position.step}: {until.metric} = {value:.3f}")
         self.tracker.log_evaluation({"name": until.metric, "stage": stage.name, **record}, position.step)
@@ -472,6 +477,11 @@ class Training:
         if self.is_writer:
             self.run_dir.update_run(position=position.as_dict())
         self.saved_at, self.saved_step = time.monotonic(), position.step
+
+    def _draw_curve(self) -> None:
+        from pretrain.evaluation.plots import training_curve_of_run
+
+        self.tracker.log_picture(training_curve_of_run(self.run_dir.path, self.run_dir.eval / "training.png"))
 
     def _keep_forever(self, step: int) -> bool:
         """True for checkpoints that rotation must leave: about one per `keep_every_tokens`."""

@@ -1,0 +1,41 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make the environment in .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := data/demo
+RUN := runs/demo
+export MLFLOW_TRACKING_URI :=
+
+.PHONY: demo test test-quick lint env clean
+
+demo: $(DATA)/shards/manifest.json
+	$(BIN)/hsa train demo --run-dir $(RUN)
+	$(BIN)/hsa eval niah $(RUN) --lengths 1x,4x,16x,64x
+	$(BIN)/hsa eval ppl $(RUN)
+	$(BIN)/hsa status $(RUN)
+
+$(DATA)/text/manifest.json: | env
+	$(BIN)/python -m data_pipeline.fetch_texts --out $(DATA)/text --cache data/cache
+
+$(DATA)/shards/manifest.json: $(DATA)/text/manifest.json
+	$(BIN)/hsa data tokenize $(DATA)/text --out $(DATA)/shards --tokenizer bpe:1024
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not distributed and not slurm"
+	$(BIN)/python -m pytest -m "slow or distributed or slurm"
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The stamp depends on what decides the environment's contents, so a second call installs nothing.
+env: $(VENV)/complete
+
+$(VENV)/complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
