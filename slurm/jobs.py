@@ -48,7 +48,7 @@ def read_chains(run_dir: Path) -> list[Chain]:
     try:
         entries = json.loads(path.read_text())
         return [Chain(entry["submitted"], [Job(**job) for job in entry["jobs"]]) for entry in entries]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SlurmError(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from slurm.config import SlurmConfig, stage_slurm
 from slurm.errors import SlurmError
-from slurm.jobs import Job, active_jobs, jobs_file, record_chain
+from slurm.jobs import Job, active_jobs, record_chain
 from slurm.render import StageJob, render, sbatch_command
 
 EXAMPLE = """\
@@ -53,16 +53,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name in recipes/, or the path of a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe keys to change")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="seen by every node (default runs/NAME)")
+    parser.add_argument(
+        "--allow-change",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="recipe keys that may differ from those the run was started with, as for `hsa train`",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print; needs neither data nor Slurm")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Submit the chain, or print it. Returns 0; raises SlurmError or RecipeError for the user's mistakes."""
+    """Submit the chain, or print it. Returns 0; SlurmError, RecipeError or RunDirError for the user's mistakes."""
     from pretrain.recipe import load_recipe
+    from pretrain.run_dir import RunDir, check_resume
 
     loaded = load_recipe(args.recipe, args.overrides)
     recipe = loaded.recipe
-    jobs = stage_jobs(recipe, args.recipe, args.overrides, run_dir=args.run_dir or Path("runs") / recipe.name)
+    jobs = stage_jobs(
+        recipe,
+        args.recipe,
+        args.overrides,
+        run_dir=args.run_dir or Path("runs") / recipe.name,
+        allow_change=args.allow_change,
+    )
     warnings = list(loaded.warnings)
     try:
         check_ranks(recipe, jobs)
@@ -75,6 +90,9 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(dry_run(jobs), end="")
         return 0
+    run = RunDir(jobs[0].run_dir)
+    if run.exists():
+        check_resume(run.read_recipe(), loaded.frozen, args.allow_change)
     submitted = submit_chain(jobs)
     for job in submitted:
         print(f"job {job.job_id}  {job.stage}  {job.script}")
@@ -89,12 +107,13 @@ def stage_jobs(
     *,
     run_dir: Path,
     work_dir: Path | None = None,
+    allow_change: Sequence[str] = (),
     program: Sequence[str] = (sys.executable, "-m", "pretrain"),
 ) -> list[StageJob]:
     """The jobs of a recipe, one per stage.
 
-    `recipe_argument` and `overrides` are handed to `hsa train` as they were given. Jobs run in `work_dir` (the current
-    directory), so that relative paths of the recipe mean the same there.
+    `recipe_argument`, `overrides` and `allow_change` are handed to `hsa train` as they were given. Jobs run in `work_dir`
+    (the current directory), so that relative paths of the recipe mean the same there.
     """
     work_dir = (work_dir or Path.cwd()).resolve()
     run_dir = work_dir / run_dir
@@ -106,7 +125,9 @@ def stage_jobs(
         if names.count(stage.name) > 1:
             raise SlurmError(f'two stages are called "{stage.name}": each job trains up to one of that name')
         where = f"stages[{index}].slurm" if stage.slurm else "slurm"
-        train = ("train", recipe_word, *overrides, "--run-dir", str(run_dir), "--until-stage", stage.name)
+        train = ["train", recipe_word, *overrides, "--run-dir", str(run_dir), "--until-stage", stage.name]
+        if allow_change:
+            train += ["--allow-change", *allow_change]
         jobs.append(
             StageJob(
                 run=recipe.name,
@@ -191,27 +212,23 @@ def submit_chain(jobs: Sequence[StageJob]) -> list[Job]:
 @contextlib.contextmanager
 def _scripts(jobs: Sequence[StageJob]) -> Iterator[None]:
     """The scripts of the chain on disk, taken away again when the body fails; so are the directories made for them."""
-    folder = jobs_file(jobs[0].run_dir).parent
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    from pretrain.run_dir import LAYOUT, RunDir
+
+    run_dir = jobs[0].run_dir
+    folders = [*(run_dir / name for name in LAYOUT), run_dir, *run_dir.parents]
+    made = [path for path in folders if not path.exists()]
     earlier = {job.script: job.script.read_text() if job.script.exists() else None for job in jobs}
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for job in jobs:
-                job.script.write_text(render(job))
-        except OSError as error:
-            raise SlurmError(
-                f"cannot write {error.filename or folder}: {error.strerror}; choose a --run-dir that you may write"
-            ) from error
+        RunDir(run_dir).create()
+        for job in jobs:
+            job.script.write_text(render(job))
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            for script, text in earlier.items():
-                if text is None:
-                    script.unlink(missing_ok=True)
-                else:
-                    script.write_text(text)
-            for path in made:
+        for script, text in earlier.items():
+            with contextlib.suppress(OSError):
+                script.unlink() if text is None else script.write_text(text)
+        for path in made:
+            with contextlib.suppress(OSError):
                 path.rmdir()
         raise
 
