@@ -186,6 +186,8 @@ class _SaveInProcess(compat.TorchDistSaveShardedStrategy):
     the user's __main__ again, and turns a full disk into a message about a dead worker.
     """
 
+    error: BaseException | None = None  # what this rank's writing ended with
+
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
         with compat.results_queue(queue.Queue):
             return super().async_save(sharded_state_dict, checkpoint_dir)
@@ -196,7 +198,8 @@ class _SaveInProcess(compat.TorchDistSaveShardedStrategy):
             with ThreadPoolExecutor(max(1, len(buckets))) as pool:
                 try:
                     results = list(pool.map(compat.write_bucket, buckets))
-                except Exception as error:  # handed to every rank by Megatron's finalisation
+                except Exception as error:  # Megatron's finalisation makes every rank fail
+                    self.error = error
                     writer.results_queue.put(error)
                 else:
                     writer.results_queue.put(dict(enumerate(results)))
@@ -242,23 +245,26 @@ def save_checkpoint(
     }
     state = _sharded_state(model_chunks, optimizer, is_loading=False)
     needed = sum(mesh.gather_objects(_bytes_to_write(state)))
-    _together(_prepare, directory, temporary, needed, step, on_writer=True)
     try:
-        compat.dist_checkpointing.save(
-            state,
-            str(temporary),
-            _SaveInProcess("torch_dist", 1, thread_count=2 if needed > 1 << 28 else 1),
-            content_metadata=_metadata(),
-        )
-    except compat.CheckpointException as error:  # raised on every rank alike
+        _together(_prepare, directory, temporary, needed, on_writer=True)
+    except OSError as error:
+        raise _explain(error.errno, error.strerror or str(error), directory, step, needed) from error
+    strategy = _SaveInProcess("torch_dist", 1, thread_count=2 if needed > 1 << 28 else 1)
+    try:
+        compat.dist_checkpointing.save(state, str(temporary), strategy, content_metadata=_metadata())
+    except compat.CheckpointException as error:  # raised on every rank alike, with the reason on one
+        reasons = mesh.gather_objects((_errno(strategy.error), str(strategy.error or "")))
+        reason = next(((number, text) for number, text in reasons if text), (None, str(error)))
+        explained = _explain(*reason, directory, step, needed)
         mesh.barrier()
         if mesh.is_writer():
             remove(temporary)
-        raise _explain(error, directory, step, needed) from error
+        raise explained from error
     except (OSError, RuntimeError) as error:
         # This rank alone knows. It must not enter another collective: it stops, and the launcher stops the others.
+        explained = _explain(_errno(error), str(error), directory, step, needed)
         remove(temporary)
-        raise _explain(error, directory, step, needed) from error
+        raise explained from error
     try:
         _together(lambda: torch.save(_pack(training), temporary / TRAINING), on_writer=True)
         names = sorted(path.name for path in temporary.iterdir())
@@ -271,10 +277,12 @@ def save_checkpoint(
         )
         files = {name: entry for part in entries for name, entry in part.items()}
         _together(_publish, temporary, final, step, dict(sorted(files.items())), on_writer=True)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        explained = _explain(error.errno, error.strerror or str(error), directory, step, needed)
+        mesh.barrier()
         if mesh.is_writer():
             remove(temporary)
-        raise _explain(error, directory, step, needed) from error
+        raise explained from error
     if mesh.is_writer():
         _rotate(directory, final, max(1, keep_last), keep)
     mesh.barrier()
@@ -301,44 +309,36 @@ def _together(function: Callable[..., Any], *args: Any, on_writer: bool = False)
 
 
 def _errno(error: BaseException | None) -> int | None:
-    """The errno of an OSError, also of one behind torch's and Megatron's wrappers."""
+    """The errno of an OSError, also of one behind torch's wrappers; torch.save may hide it altogether."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
-        if isinstance(error, compat.CheckpointException):
-            for wrapped in error.failures.values():
-                if (found := _errno(wrapped[0])) is not None:
-                    return found
         error = error.__cause__ or error.__context__
     return None
 
 
-def _explain(error: BaseException, directory: Path, step: int, needed: int) -> OSError:
-    """An OSError that says what failed, why if it is the disk, and what is left."""
-    number = _errno(error)
+def _explain(number: int | None, text: str, directory: Path, step: int, needed: int) -> OSError:
+    """An OSError that says what failed, whether it is the disk, and what is left. Call before freeing any room."""
     free = shutil.disk_usage(directory).free if directory.is_dir() else 0
-    # torch.save reports a full disk as a RuntimeError without errno.
-    full = number in (errno.ENOSPC, errno.EDQUOT) or (number in (None, errno.EIO) and free < needed)
+    full = number in (errno.ENOSPC, errno.EDQUOT) or free < max(needed, 1 << 20)
     left = list_checkpoints(directory)
     kept = f"{left[-1].name} is untouched" if left else "there is no earlier one"
+    problem = f"the checkpoint of step {step} could not be written to {directory}"
     if not full:
-        return OSError(
-            number or errno.EIO, f"the checkpoint of step {step} could not be written to {directory}: {error} ({kept})"
-        )
+        return OSError(number or errno.EIO, f"{problem}: {text} ({kept})")
     return OSError(
-        number if number in (errno.ENOSPC, errno.EDQUOT) else errno.ENOSPC,
-        f"the checkpoint of step {step} could not be written to {directory}: the disk is full (about "
-        f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free); nothing of it is left, {kept}. "
-        "Make room and start the run again",
+        errno.EDQUOT if number == errno.EDQUOT else errno.ENOSPC,
+        f"{problem}: the disk is full (about {needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free); nothing of "
+        f"it is left, {kept}. Make room and start the run again",
     )
 
 
-def _prepare(directory: Path, temporary: Path, needed: int, step: int) -> None:
+def _prepare(directory: Path, temporary: Path, needed: int) -> None:
     """An empty directory to write into, on a disk that has the room."""
     directory.mkdir(parents=True, exist_ok=True)
     remove(temporary)
     if shutil.disk_usage(directory).free < needed:
-        raise _explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), directory, step, needed)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     temporary.mkdir()
 
 

@@ -136,11 +136,11 @@ class Optimizer(compat.ChainedOptimizer):
                 init_torch_state(optimizer.optimizer)
 
 
-class MasterWeights(compat.Float16OptimizerWithFloat16Params):
-    """Megatron's replicated optimizer with fp32 master weights, whose checkpoint also knows fp32 parameters.
+class _NamedState(compat.MegatronOptimizer):
+    """Checkpoint state of a replicated optimizer under the names of the model's parameters.
 
-    Megatron's own numbers the optimizer's states over the bf16 parameters alone, so that one fp32 parameter (a norm's
-    gain) among them shifts every state behind it to a wrong name.
+    Megatron's own drops the step while it is 0, and numbers the states of a bf16 model over its bf16 parameters alone,
+    so that one fp32 parameter (a norm's gain) among them shifts every state behind it to a wrong name.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
@@ -149,7 +149,7 @@ class MasterWeights(compat.Float16OptimizerWithFloat16Params):
         super().__init__(optimizer, *args)
 
     def _masters(self) -> dict[int, torch.Tensor]:
-        """Master copies by the number of the parameter in the optimizer."""
+        """fp32 master copies by the number of the parameter in the optimizer."""
         return {
             index: parameter.main_param
             for index, parameter in enumerate(self.model_params)
@@ -159,8 +159,8 @@ class MasterWeights(compat.Float16OptimizerWithFloat16Params):
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Inner state and master copies under the names of the model's parameters."""
-        self.init_state_fn(self.optimizer, self.config)
+        """Inner state and master copies, allocated if need be."""
+        init_torch_state(self.optimizer)
         inner = self.optimizer.state_dict()
         names = compat.get_param_id_to_sharded_param_map(model_sharded_state_dict, self.model_params)
         step = self._extract_common_per_param_step(inner)
@@ -185,6 +185,14 @@ class MasterWeights(compat.Float16OptimizerWithFloat16Params):
         with torch.no_grad():
             for index, master in self._masters().items():
                 master.copy_(state_dict["fp32_params"][index])
+
+
+class ReplicatedFP32(_NamedState, compat.FP32Optimizer):
+    """Megatron's optimizer of fp32 parameters, replicated over the data-parallel ranks."""
+
+
+class ReplicatedBF16(_NamedState, compat.Float16OptimizerWithFloat16Params):
+    """Megatron's optimizer of bf16 parameters with fp32 master copies, replicated over the data-parallel ranks."""
 
 
 def init_torch_state(optimizer: torch.optim.Optimizer) -> None:
@@ -296,9 +304,9 @@ def _wrap(
         init_torch_state(optimizer)
 
     if config.bf16:
-        wrapped: compat.MegatronOptimizer = MasterWeights(inner, config, None, init_state)
+        wrapped: compat.MegatronOptimizer = ReplicatedBF16(inner, config, None, init_state)
     else:
-        wrapped = compat.FP32Optimizer(inner, config, init_state)
+        wrapped = ReplicatedFP32(inner, config, init_state)
     state = compat.parallel_state
     wrapped.grad_stats_parallel_group = (
         state.get_expert_tensor_model_pipeline_parallel_group() if expert else state.get_model_parallel_group()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from parallel import compat, mesh
@@ -15,7 +13,15 @@ VOCABULARY, LENGTH, BATCH = 64, 16, 4
 class Toy:
     """Model, optimizer and their steps. The global batch of a step is the same at every data-parallel size."""
 
-    def __init__(self, settings: OptimizerSettings, *, bf16: bool = False, width: int = 32, experts: int = 0) -> None:
+    def __init__(
+        self,
+        settings: OptimizerSettings,
+        *,
+        bf16: bool = False,
+        width: int = 32,
+        experts: int = 0,
+        dropout: float = 0.1,
+    ) -> None:
         torch.manual_seed(1)
         moe = {}
         if experts:
@@ -26,7 +32,7 @@ class Toy:
         self.config = compat.TransformerConfig(
             num_layers=2, hidden_size=width, num_attention_heads=4, ffn_hidden_size=2 * width, normalization="RMSNorm",
             gated_linear_unit=True, activation_func=torch.nn.functional.silu, bias_activation_fusion=False,
-            add_bias_linear=False, hidden_dropout=0.1, attention_dropout=0.0, calculate_per_token_loss=True,
+            add_bias_linear=False, hidden_dropout=dropout, attention_dropout=0.0, calculate_per_token_loss=True,
             use_cpu_initialization=True, hetereogenous_dist_checkpoint=True, bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32, **moe,
         )  # fmt: skip
@@ -93,8 +99,3 @@ class Toy:
 def settings(name: str, **changes) -> OptimizerSettings:
     """Settings at which twenty steps of the toy learn something."""
     return OptimizerSettings(name=name, lr=1e-2, muon_lr=1e-2, weight_decay=0.1, **changes)
-
-
-def directory(root: Path) -> Path:
-    """Where a test's checkpoints go."""
-    return root / "checkpoints"

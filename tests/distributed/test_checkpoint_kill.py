@@ -1,0 +1,63 @@
+"""SIGKILL at any moment, while training or saving: what is there is whole, and the run goes on as if nothing happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from parallel import checkpoint_files
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+
+
+def start(directory, *, load):
+    job = {"kind": {"name": "adamw"}, "to": STEPS, "save": str(directory), "save_at": list(range(1, STEPS + 1)),
+           "load": str(directory) if load else None}  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID"):
+        environment.pop(name, None)
+    worker = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("checkpoint_worker.py")), json.dumps([job])]
+    return subprocess.Popen(worker, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-4000:]
+    return json.loads(output.strip().splitlines()[-1])[0]
+
+
+def newest(directory):
+    """The newest step, without looking inside."""
+    return max((checkpoint_files.step_of(path) for path in checkpoint_files.list_checkpoints(directory)), default=0)
+
+
+def test_killed_runs_end_like_an_unbroken_one(tmp_path):
+    unbroken = finish(start(tmp_path / "unbroken", load=False))
+    broken = tmp_path / "broken"
+    moments = random.Random(7)
+    last = 0
+    for after in (3, 15):
+        process = start(broken, load=last > 0)
+        while newest(broken) < after and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0.0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        found = checkpoint_files.find_latest(broken)
+        assert found is not None and checkpoint_files.step_of(found) >= last
+        assert found == checkpoint_files.list_checkpoints(broken)[-1]  # nothing that bears a name is damaged
+        last = checkpoint_files.step_of(found)
+        checkpoint_files.clean_temporary(broken)
+    ended = finish(start(broken, load=True))
+    assert ended["losses"] == unbroken["losses"][last:]
+    assert ended["weights"] == unbroken["weights"]
+    assert [checkpoint_files.step_of(path) for path in checkpoint_files.list_checkpoints(broken)] == [STEPS - 1, STEPS]
