@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -176,6 +176,13 @@ class ShardSet:
         data = self._pread(int(row["shard"]), int(row["length"]) * self.dtype.itemsize, int(row["offset"]))
         self._check_crc(row, zlib.crc32(data))
         return np.frombuffer(data, dtype=self.dtype)
+
+    def refuse_token(self, document: int, token: int) -> NoReturn:
+        """Raise the DataError for a token outside the vocabulary."""
+        raise DataError(
+            f"{self.shard_files[int(self.index[document]['shard'])]} holds the token {token}, outside the vocabulary "
+            f"of {self.vocab_size}; {_REMAKE}"
+        )
 
     def check_document(self, document: int) -> None:
         """Compare a document with its index row and checksum; DataError when it is not what was written."""
@@ -360,10 +367,7 @@ def verify(path: str | Path) -> dict[str, Any]:
         for start in range(0, int(lengths[document]), step):
             largest = int(data.read(document, start, min(step, int(lengths[document]) - start)).max())
             if largest >= data.vocab_size:
-                raise DataError(
-                    f"{data.shard_files[int(data.index[document]['shard'])]} holds the token {largest}, outside the "
-                    f"vocabulary of {data.vocab_size}; {_REMAKE}"
-                )
+                data.refuse_token(document, largest)
     if sum(d.documents for d in data.domains) != data.documents or lengths.sum() != data.tokens:
         raise DataError(f"{data.path / 'manifest.json'}: the domains do not add up to its totals; {_REMAKE}")
     return manifest

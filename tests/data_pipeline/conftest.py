@@ -81,5 +81,7 @@ def numbered(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
         file = folder / f"numbers-{number:06d}.tar"
         rows.append(write_shard(file, [({}, ids) for ids in documents[number::3]], "uint32"))
         files.append({"file": file.name, "domain": "numbers", "bytes": file.stat().st_size, "sha256": ""})
-    write_manifest(folder, tokenizer, "uint32", files, rows, {})
+    manifest = write_manifest(folder, tokenizer, "uint32", files, rows, {})
+    manifest["tokenizer"]["vocab_size"] = start  # the numbers are no tokens of the tokenizer
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

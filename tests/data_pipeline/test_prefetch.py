@@ -1,0 +1,137 @@
+"""The reader process: same batches, survives SIGKILL, leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.batch import PackedBatch
+from data_pipeline.config import DataConfig, MixEntry
+from data_pipeline.errors import DataError
+from data_pipeline.lanes import BatchStream, open_stream
+from data_pipeline.prefetch import PrefetchingStream
+
+
+def open_(data: DataConfig) -> BatchStream:
+    return open_stream(
+        data, lanes=4, lane_ids=[0, 2], batch=8, context=256, chunk_size=16, seed=5, synthetic={"rate": 0.4}
+    )
+
+
+def equal(a: PackedBatch, b: PackedBatch) -> bool:
+    return all(
+        torch.equal(getattr(a, n), getattr(b, n)) and getattr(a, n).dtype == getattr(b, n).dtype for n in vars(a)
+    )
+
+
+def kill_reader(stream: PrefetchingStream) -> None:
+    while (pid := stream.reader_pid) is None:  # it may just be starting again
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+
+
+def flip(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 4
+    file.write_bytes(data)
+
+
+def gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_same_batches_through_kills_and_the_state_is_never_ahead(data: DataConfig) -> None:
+    plain = open_(data)
+    with PrefetchingStream(open_(data), depth=2) as ahead:
+        assert ahead.state_dict() == plain.state_dict() and ahead.domain_names == plain.domain_names
+        for step in range(25):
+            assert equal(ahead.next_batch(), plain.next_batch())
+            assert ahead.state_dict() == plain.state_dict()
+            if step in (3, 4, 11):
+                kill_reader(ahead)
+            if step == 7:
+                middle = ahead.state_dict()
+        assert ahead.epochs() == plain.epochs()
+        ahead.load_state_dict(middle)
+        plain.load_state_dict(middle)
+        assert equal(ahead.next_batch(), plain.next_batch())
+        pid = ahead.reader_pid
+    assert gone(pid)
+
+
+def test_reader_errors_arrive_as_they_are(data: DataConfig, shards: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(shards, tmp_path / "copy")
+    config = DataConfig(tokenizer=str(folder), mix=[MixEntry("notes", str(folder), 1.0)])
+    stream = open_(config)
+    for file in folder.glob("notes*.tar"):
+        flip(file, 515)
+    with PrefetchingStream(stream, depth=1) as ahead:
+        for _ in range(2):
+            with pytest.raises(DataError, match="notes-0.*damaged"):
+                for _ in range(50):
+                    ahead.next_batch()
+    with pytest.raises(DataError, match="data.prefetch must be at least 1"):
+        PrefetchingStream(open_(data), depth=0)
+
+
+def test_a_reader_that_never_starts_is_reported(data: DataConfig, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with PrefetchingStream(open_(data)) as ahead, pytest.raises(RuntimeError, match="died 4 times in a row"):
+        ahead.next_batch()
+
+
+def test_reader_leaves_when_the_trainer_is_killed(data: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "stream.pickle").write_bytes(pickle.dumps(open_(data)))
+    script = (
+        "import pickle, sys, time; from data_pipeline.prefetch import PrefetchingStream\n"
+        f"s = PrefetchingStream(pickle.load(open({str(tmp_path / 'stream.pickle')!r}, 'rb')))\n"
+        "s.next_batch(); print(s.reader_pid, flush=True); time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    assert trainer.stdout is not None
+    pid = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    assert gone(pid)
+
+
+def test_the_reader_does_not_import_torch(data: DataConfig) -> None:
+    script = (
+        "import pickle, sys; import data_pipeline.reader\n"
+        "stream = pickle.load(sys.stdin.buffer); stream.next_arrays(); assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], input=pickle.dumps(open_(data)), env=environment, check=True)
+
+
+def test_arrays_become_the_documented_tensors(data: DataConfig) -> None:
+    batch = open_(data).next_batch()
+    kinds = {
+        "tokens": torch.int64,
+        "labels": torch.int64,
+        "loss_weights": torch.float32,
+        "documents": torch.int32,
+        "domains": torch.int16,
+    }
+    assert {name: getattr(batch, name).dtype for name in kinds} == kinds
+    assert batch.tokens.shape == (4, 256) and batch.num_tokens == 1024
+    assert batch.select(slice(1, 3)).tokens.data_ptr() == batch.tokens[1:3].data_ptr()
+    assert np.shares_memory(batch.tokens.numpy(), batch.to("cpu").tokens.numpy())

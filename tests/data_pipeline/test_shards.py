@@ -1,0 +1,165 @@
+"""Damaged or foreign shards: one message that names the file, and no wrong token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.config import DataConfig, MixEntry
+from data_pipeline.errors import DataError
+from data_pipeline.lanes import open_stream
+from data_pipeline.shards import ShardSet, verify, write_manifest, write_shard
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+
+@pytest.fixture
+def copied(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "copy"))
+
+
+def read_all(folder: Path, tokenizer: Path | None = None, batches: int = 60) -> None:
+    config = DataConfig(tokenizer=str(tokenizer or folder), mix=[MixEntry("all", str(folder), 1.0, domain="*")])
+    stream = open_stream(
+        config, lanes=2, lane_ids=[0, 1], batch=2, context=256, chunk_size=16, seed=1, synthetic={"rate": 0.0}
+    )
+    for _ in range(batches):
+        stream.next_arrays()
+
+
+def edit_manifest(folder: Path, **changes) -> None:
+    file = folder / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def flip(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 4
+    file.write_bytes(data)
+
+
+def test_good_shards_verify_and_read(shards: Path) -> None:
+    assert verify(shards)["documents"] == 71
+    read_all(shards)
+
+
+def test_missing_and_truncated_files_are_named_at_open(copied: Path) -> None:
+    shard, index = copied / "tales-000001.tar", copied / "index.npy"
+    for file, keep in [(shard, 3000), (index, 200), (shard, None), (index, None), (copied / "manifest.json", None)]:
+        data = file.read_bytes()
+        if keep is None:
+            file.unlink()
+        else:
+            file.write_bytes(data[:keep])
+        for use in (ShardSet, verify, lambda folder: read_all(folder, copied)):
+            with pytest.raises(DataError, match=f"{file.name}.*tokenize"):
+                use(copied)
+        file.write_bytes(data)
+    read_all(copied)
+
+
+def test_flipped_bit_is_found_by_verify_and_by_reading(copied: Path) -> None:
+    file = copied / "tales-000000.tar"
+    flip(file, int(np.load(copied / "index.npy")["offset"][40]) + 8)
+    with pytest.raises(DataError, match="damaged: its sha256"):
+        verify(copied)
+    with pytest.raises(DataError, match="another checksum|damaged: the document at byte"):
+        read_all(copied)
+
+
+def test_flipped_bit_in_index_and_tokenizer_is_found_by_verify(copied: Path) -> None:
+    for name in ("index.npy", "tokenizer.json"):
+        data = (copied / name).read_bytes()
+        flip(copied / name, len(data) - 5)
+        with pytest.raises(DataError, match=name):
+            verify(copied)
+        (copied / name).write_bytes(data)
+
+
+def test_index_of_another_folder_does_not_train(copied: Path, shards: Path) -> None:
+    index = np.load(copied / "index.npy")
+    shuffled = index.copy()
+    shuffled["offset"], shuffled["length"] = index["offset"][::-1], index["length"][::-1]
+    np.save(copied / "index.npy", shuffled)
+    with pytest.raises(DataError, match="does not match its index|damaged|truncated"):
+        read_all(copied)
+    np.save(copied / "index.npy", index[:-1])
+    with pytest.raises(DataError, match="index.npy is truncated"):
+        read_all(copied)
+
+
+def test_another_tokenizer_is_refused(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(train_bpe(["other text " * 30], 300), encoding="utf-8")
+    with pytest.raises(DataError, match="made with another tokenizer.*set data.tokenizer to"):
+        read_all(copied, tmp_path)
+
+
+def test_wrong_dtype_and_version_are_refused(copied: Path) -> None:
+    edit_manifest(copied, dtype="uint32")
+    with pytest.raises(DataError, match="does not match its index"):
+        read_all(copied)
+    with pytest.raises(DataError):
+        verify(copied)
+    for change, message in [
+        ({"dtype": "int16"}, "dtype int16"),
+        ({"version": 9}, "version 9"),
+        ({"format": "x"}, "x version"),
+    ]:
+        edit_manifest(copied, **{"dtype": "uint16", "version": 1, **change})
+        with pytest.raises(DataError, match=message):
+            ShardSet(copied)
+    (copied / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="not a shard manifest"):
+        ShardSet(copied)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    shutil.copy(tokenizer.path, tmp_path / "tokenizer.json")
+    rows = write_shard(tmp_path / "x-000000.tar", [({}, np.array([5, 700, 0]))], "uint16")
+    from data_pipeline.shards import sha256_file
+
+    file = tmp_path / "x-000000.tar"
+    write_manifest(
+        tmp_path,
+        load_tokenizer(tmp_path),
+        "uint16",
+        [{"file": file.name, "domain": "x", "bytes": file.stat().st_size, "sha256": sha256_file(file)}],
+        [rows],
+        {},
+    )
+    with pytest.raises(DataError, match="token 700, outside the vocabulary"):
+        read_all(tmp_path)
+    with pytest.raises(DataError, match="x-000000.tar holds the token 700"):
+        verify(tmp_path)
+
+
+def test_a_shard_that_vanishes_while_reading_is_named(copied: Path) -> None:
+    shards = ShardSet(copied, max_open=1)
+    (copied / "tales-000000.tar").rename(copied / "away")
+    row = int(
+        np.flatnonzero(shards.index["shard"] == [f.name for f in shards.shard_files].index("tales-000000.tar"))[0]
+    )
+    with pytest.raises(DataError, match="cannot open shard .*tales-000000.tar"):
+        shards.document(row)
+    for other in range(shards.documents):  # the least recently used shard is closed again
+        if shards.index["shard"][other] != shards.index["shard"][row]:
+            shards.check_document(other)
+            assert len(shards._open) == 1
+
+
+def test_many_shards_open_quickly_without_opening_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Opening 2,000 shards reads the manifest and the sizes only; a batch opens what it needs."""
+    shutil.copy(tokenizer.path, tmp_path / "tokenizer.json")
+    rows = write_shard(tmp_path / "first.tar", [({}, np.array([7, 8, 9, 0]))] * 3, "uint16")
+    files = []
+    for number in range(2000):
+        file = tmp_path / f"x-{number:06d}.tar"
+        file.hardlink_to(tmp_path / "first.tar")
+        files.append({"file": file.name, "domain": "x", "bytes": file.stat().st_size, "sha256": ""})
+    write_manifest(tmp_path, tokenizer, "uint16", files, [rows.copy() for _ in files], {})
+    shards = ShardSet(tmp_path)
+    assert shards.documents == 6000 and not shards._open
+    read_all(tmp_path, batches=3)
