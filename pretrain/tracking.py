@@ -321,7 +321,7 @@ class _Sender(threading.Thread):
     def _meet_store(self) -> None:
         self._store.connect()
         parent = self._store.training_run(self._name)
-        self._run_dir.update_run(lambda run: _ids(run, self._store).update(run_id=parent))
+        self._record(lambda ids: ids.update(run_id=parent))
         self._stored[parent] = self._store.last_steps(parent)
         # steps go to the child first, so all that the parent has is with the children too
         self._offset = metrics_log.offset_after(self._run_dir.metrics_path, self._stored[parent].get("loss", 0))
@@ -335,13 +335,25 @@ class _Sender(threading.Thread):
                 entry = self._state.stages.setdefault(stage, {"index": len(self._state.stages), "status": "RUNNING"})
                 index = entry["index"]
             child = self._store.stage_run(self._parent, stage, index, f"{self._name}/{stage}")
-            self._run_dir.update_run(lambda run: _ids(run, self._store).setdefault("stages", {}).update({stage: child}))
+            self._record(lambda ids: ids.setdefault("stages", {}).update({stage: child}))
             prefix = f"stages.{index}."
             own = {key.removeprefix(prefix): value for key, value in self._params.items() if key.startswith(prefix)}
             self._store.send_params(child, own)
             self._stored[child] = self._store.last_steps(child)
             self._children[stage] = child
         return self._children[stage]
+
+    def _record(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Write MLflow's ids into run.json, emptied first when the store is another one than before."""
+        if self._abandoned.is_set():
+            raise TimeoutError("stopped before all was sent")  # the lock of the run directory may be given back already
+
+        def edit(run: dict[str, Any]) -> None:
+            if run.get("mlflow", {}).get("uri") != self._store.uri:
+                run["mlflow"] = {"uri": self._store.uri, "experiment": self._store.experiment}
+            change(run["mlflow"])
+
+        self._run_dir.update_run(edit)
 
     def _send_all(self) -> None:
         self._send_steps()
@@ -460,13 +472,6 @@ def _load(run_dir: RunDir) -> _State:
             known = vars(state)
             known.update({key: value for key, value in saved.items() if type(value) is type(known.get(key))})
     return state
-
-
-def _ids(run: dict[str, Any], store: Store) -> dict[str, Any]:
-    """The ``mlflow`` part of run.json, emptied when the store is another one than before."""
-    if run.get("mlflow", {}).get("uri") != store.uri:
-        run["mlflow"] = {"uri": store.uri, "experiment": store.experiment}
-    return run["mlflow"]
 
 
 def _milliseconds(record: dict[str, Any]) -> int:

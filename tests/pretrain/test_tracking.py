@@ -98,7 +98,7 @@ class Training:
             time.sleep(pause)
 
     def close(self, status: str) -> bool:
-        if status == "FINISHED":
+        if status == "FINISHED" and self.stage:
             self.tracker.stage_finished(self.stage)
         self.log.close()
         arrived = self.tracker.close(status)
