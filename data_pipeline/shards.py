@@ -172,10 +172,11 @@ class ShardSet:
         if int(row["length"]) > WHOLE:
             self.check_document(document)
             return None
-        self._check_header(row)
-        data = self._pread(int(row["shard"]), int(row["length"]) * self.dtype.itemsize, int(row["offset"]))
-        self._check_crc(row, zlib.crc32(data))
-        return np.frombuffer(data, dtype=self.dtype)
+        size, offset = int(row["length"]) * self.dtype.itemsize, int(row["offset"])
+        data = self._pread(int(row["shard"]), _BLOCK + size, offset - _BLOCK)
+        self._check_header(row, data)
+        self._check_crc(row, zlib.crc32(memoryview(data)[_BLOCK:]))
+        return np.frombuffer(data, dtype=self.dtype, offset=_BLOCK)
 
     def refuse_token(self, document: int, token: int) -> NoReturn:
         """Raise the DataError for a token outside the vocabulary."""
@@ -187,25 +188,21 @@ class ShardSet:
     def check_document(self, document: int) -> None:
         """Compare a document with its index row and checksum; DataError when it is not what was written."""
         row = self.index[document]
-        self._check_header(row)
         left, offset = int(row["length"]) * self.dtype.itemsize, int(row["offset"])
+        self._check_header(row, self._pread(int(row["shard"]), _BLOCK, offset - _BLOCK))
         crc = 0
         while left:
             block = self._pread(int(row["shard"]), min(left, 1 << 24), offset)
             crc, left, offset = zlib.crc32(block, crc), left - len(block), offset + len(block)
         self._check_crc(row, crc)
 
-    def _check_header(self, row: np.void) -> None:
+    def _check_header(self, row: np.void, header: bytes) -> None:
         """The tar header in front of the tokens must announce exactly these bytes: the index is not another shard's."""
-        shard, offset = int(row["shard"]), int(row["offset"])
-        header = self._pread(shard, _BLOCK, offset - _BLOCK)
         size = header[124:135]
-        if (
-            header[257:262] != b"ustar"
-            or not size.isdigit()
-            or int(size, 8) != int(row["length"]) * self.dtype.itemsize
-        ):
-            raise DataError(f"{self.shard_files[shard]} does not match its index at byte {offset}; {_REMAKE}")
+        wanted = int(row["length"]) * self.dtype.itemsize
+        if header[257:262] != b"ustar" or not size.isdigit() or int(size, 8) != wanted:
+            file, offset = self.shard_files[int(row["shard"])], int(row["offset"])
+            raise DataError(f"{file} does not match its index at byte {offset}; {_REMAKE}")
 
     def _check_crc(self, row: np.void, crc: int) -> None:
         if crc != int(row["crc32"]):
