@@ -70,7 +70,6 @@ class _State:
     pictures: list[str] = field(default_factory=list)  # wait to be sent; relative to the run directory
     sent_step: int = 0
     sent_evaluation_step: int = 0
-    sent_status: str = ""
     uri: str = ""  # the store that all this is about
     unusable: bool = False  # that store will never take anything
 
@@ -368,10 +367,6 @@ class _Sender(threading.Thread):
             self._set_status(self._child(name), status if stage_status == "RUNNING" else stage_status)
         assert self._parent is not None
         self._set_status(self._parent, status)
-        with self._lock:
-            if self._state.sent_status != status:
-                self._state.sent_status = status
-                self._save()
 
     def _set_status(self, run: str, status: str) -> None:
         if self._statuses.get(run) != status:
