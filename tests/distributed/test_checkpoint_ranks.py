@@ -56,10 +56,11 @@ def worlds(tmp_path_factory):
             for name, kind in KINDS.items()
         ]
 
+    full = {"kind": KINDS["muon"], "to": 1, "save": str(root / "full"), "save_at": [1], "full": True}
     results = {
         "one": run(1, jobs(1, None)),
-        # two ranks: from scratch, then their own checkpoint, then that of one rank
-        "two": run(2, jobs(2, None) + jobs(2, 2) + jobs(2, 1)),
+        # two ranks: from scratch, then their own checkpoint, then that of one rank, then onto a full disk
+        "two": run(2, jobs(2, None) + jobs(2, 2) + jobs(2, 1) + [full]),
         "one from two": run(1, jobs(1, 2)),
     }
     count = len(KINDS)
@@ -72,7 +73,7 @@ def worlds(tmp_path_factory):
             "one from two": results["one from two"][i],
         }
         for i, name in enumerate(KINDS)
-    }
+    } | {"full": (root / "full", results["two"][-1])}
 
 
 # bf16 gradients are reduced in fp32, but the forward's roundings meet other neighbours in a micro-batch sum.
@@ -102,8 +103,7 @@ def test_the_lanes_of_all_ranks_come_back(worlds, change):
     assert lanes == {str(lane): {"position": 100 * lane} for lane in range(4)}
 
 
-def test_a_disk_full_on_one_rank_is_seen_by_all(tmp_path):
-    job = {"kind": KINDS["muon"], "to": 1, "save": str(tmp_path), "save_at": [1], "full": True}
-    (messages,) = run(2, [job])
+def test_a_disk_full_on_one_rank_is_seen_by_all(worlds):
+    directory, messages = worlds["full"]
     assert len(messages) == 2 and all("the disk is full" in message for message in messages)
-    assert list(tmp_path.iterdir()) == []
+    assert list(directory.iterdir()) == []
