@@ -112,8 +112,8 @@ def stage_jobs(
 ) -> list[StageJob]:
     """The jobs of a recipe, one per stage.
 
-    `recipe_argument`, `overrides` and `allow_change` are handed to `hsa train` as they were given. Jobs run in `work_dir`
-    (the current directory), so that relative paths of the recipe mean the same there.
+    `recipe_argument`, `overrides` and `allow_change` are handed to `hsa train` as they were given. Jobs run in
+    `work_dir` (the current directory), so that relative paths of the recipe mean the same there.
     """
     work_dir = (work_dir or Path.cwd()).resolve()
     run_dir = work_dir / run_dir

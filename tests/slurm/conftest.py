@@ -8,33 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import SlurmCluster, missing_requirement
+from tests.slurm.cluster import SlurmCluster, started
 
 
 @pytest.fixture(scope="session")
-def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    reason = missing_requirement()
-    if reason is not None:
-        # A developer's laptop may lack Slurm; the machine that guards the project may not.
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"no Slurm cluster can be started: {reason}")
-        pytest.skip(f"no Slurm cluster can be started: {reason}")
-    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        cluster.start()
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with started(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
-    finally:
-        cluster.stop()
 
 
 @pytest.fixture
-def cluster(running_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
+def cluster(shared_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
     """The cluster, with this process's environment pointing at it."""
-    for name in [name for name in os.environ if name not in running_cluster.environment]:
+    for name in [name for name in os.environ if name not in shared_cluster.environment]:
         monkeypatch.delenv(name)
     for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, running_cluster.environment[name])
-    return running_cluster
+        monkeypatch.setenv(name, shared_cluster.environment[name])
+    return shared_cluster
 
 
 @pytest.fixture
