@@ -140,8 +140,10 @@ class _Cache:
             )
         debs = [name for name, pip in wanted if not pip]
         if debs:
+            print(f"apt-get download {' '.join(debs)}", file=sys.stderr, flush=True)
             self._apt_download(debs)
         for name in [name for name, pip in wanted if pip]:
+            print(f"pip download {name}", file=sys.stderr, flush=True)
             self._pip_download(name)
         if not self.offline:
             self.record["_missing"] = {"names": missing}

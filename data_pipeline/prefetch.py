@@ -177,7 +177,7 @@ def _spawn(stream: bytes) -> subprocess.Popen:
         "TOKENIZERS_PARALLELISM": "false",
     }
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "data_pipeline.reader"],
+        [sys.executable, "-P", "-m", "data_pipeline.reader", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,

@@ -1,4 +1,4 @@
-"""The reader process behind PrefetchingStream: ``python -m data_pipeline.reader``.
+"""The reader process behind PrefetchingStream: ``python -m data_pipeline.reader PARENT_PID``.
 
 A pickled BatchStream comes in on standard input, frames go out on standard output: an 8-byte length, a pickled header
 (names, shapes, dtypes and the position after the batch), the raw arrays. It imports NumPy and tokenizers, not torch.
@@ -10,14 +10,13 @@ import os
 import pickle
 import signal
 import sys
-import threading
-import time
 import traceback
 from typing import IO, Any
 
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.processes import exit_with_parent
 
 
 def write_frame(pipe: IO[bytes], header: dict[str, Any], arrays: list[np.ndarray]) -> None:
@@ -49,20 +48,13 @@ def read_header(pipe: IO[bytes]) -> dict[str, Any] | None:
     return pickle.loads(data) if read_exactly(pipe, memoryview(data)) else None
 
 
-def _leave_with(parent: int) -> None:
-    """The trainer may be killed without closing its end everywhere (forked helpers keep it): watch it."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(0)
-
-
 def main() -> None:
     """Read batches until the other side goes away."""
     pipe = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
     os.dup2(2, 1)  # nothing else may write into the pipe
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)  # meant for the trainer, which closes the pipe when it has saved
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    exit_with_parent(int(sys.argv[1]))
     try:
         stream = pickle.load(sys.stdin.buffer)
         while True:

@@ -12,6 +12,7 @@ Tokens are little-endian and contiguous inside the tar (members start on 512 byt
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -53,14 +54,26 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write aside, flush to the disk, rename: ``path`` is the old file or the new one, never half of it."""
-    aside = path.with_name(path.name + ".tmp")
+    aside = _aside(path)
     with aside.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """:func:`write_atomically` of a ``.npy`` file."""
+    data = io.BytesIO()
+    np.save(data, array)
+    write_atomically(path, data.getbuffer())
+
+
+def _aside(path: Path) -> Path:
+    """A name beside ``path`` that no other process writes to."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def write_shard(path: Path, documents: Iterable[tuple[dict[str, Any], np.ndarray]], dtype: str) -> np.ndarray:
@@ -70,7 +83,7 @@ def write_shard(path: Path, documents: Iterable[tuple[dict[str, Any], np.ndarray
     """
     suffix, kind = _DTYPES[dtype]
     rows = []
-    aside = path.with_name(path.name + ".tmp")
+    aside = _aside(path)
     with aside.open("wb") as file:
         for number, (meta, ids) in enumerate(documents):
             key = f"{path.stem}-{number:08d}"
@@ -290,11 +303,7 @@ def write_manifest(
         part["shard"] = number
     index = np.concatenate(rows)
     index_file = path / "index.npy"
-    with (path / "index.npy.tmp").open("wb") as file:
-        np.save(file, index)
-        file.flush()
-        os.fsync(file.fileno())
-    (path / "index.npy.tmp").replace(index_file)
+    write_array(index_file, index)
     domains: dict[str, dict[str, Any]] = {}
     first = 0
     for shard, part in zip(shards, rows, strict=True):

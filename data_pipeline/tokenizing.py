@@ -7,8 +7,10 @@ there. Everything is written to ``DIR.partial`` and renamed at the end: ``DIR`` 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -16,14 +18,15 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards import dtype_for, sha256_file, write_atomically, write_manifest, write_shard
+from data_pipeline.processes import exit_with_parent
+from data_pipeline.shards import dtype_for, sha256_file, write_array, write_atomically, write_manifest, write_shard
 from data_pipeline.sources import Document, find_sources, read_documents
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
@@ -62,29 +65,27 @@ def tokenize(
         "shard_bytes": shard_bytes,
         "bpe_bytes": bpe_bytes,
     }
-    _prepare(staging, request)
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
-    chosen = _tokenizer(staging, tokenizer, files, bpe_bytes, say)
     started = time.monotonic()
-    counts = {"empty_documents": 0, "text_bytes": 0}
-    results = _write_all(
-        staging, chosen, _jobs(files, domain, shard_bytes, counts), workers or os.cpu_count() or 1, say
-    )
-    if not results:
-        raise DataError(
-            f"no text in {', '.join(map(str, files[:3]))}{' ...' if len(files) > 3 else ''}: every document is empty"
+    with _staging(staging, request):
+        chosen = _tokenizer(staging, tokenizer, files, bpe_bytes, say)
+        counts = {"empty_documents": 0, "text_bytes": 0}
+        jobs = _jobs(files, domain, shard_bytes, counts)
+        results = _write_all(staging, chosen, jobs, workers or os.cpu_count() or 1, say)
+        if not results:
+            names = ", ".join(map(str, files[:3])) + (" ..." if len(files) > 3 else "")
+            raise DataError(f"no text in {names}: every document is empty")
+        results.sort(key=lambda shard: (shard["domain"], shard["file"]))
+        rows = [np.load(staging / (Path(shard["file"]).stem + ".index.npy")) for shard in results]
+        shards = [{k: v for k, v in shard.items() if k != "text_sha256"} for shard in results]
+        sources_read = [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]
+        manifest = write_manifest(
+            staging, chosen, dtype_for(chosen.vocab_size), shards, rows, {**counts, "sources": sources_read}
         )
-    results.sort(key=lambda shard: shard["file"])
-    rows = [np.load(staging / (Path(shard["file"]).stem + ".index.npy")) for shard in results]
-    shards = [{k: v for k, v in shard.items() if k != "text_sha256"} for shard in results]
-    extra = {
-        **counts,
-        "sources": [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files],
-    }
-    manifest = write_manifest(staging, chosen, dtype_for(chosen.vocab_size), shards, rows, extra)
-    for leftover in [*staging.glob("*.index.npy"), *staging.glob("*.done.json"), staging / "request.json"]:
-        leftover.unlink()
-    staging.rename(out)
+        for pattern in ("*.index.npy", "*.done.json", "*.tmp", "request.json", "lock"):
+            for leftover in staging.glob(pattern):
+                leftover.unlink()
+        staging.rename(out)
     seconds = time.monotonic() - started
     say(
         f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(shards)} shards "
@@ -94,17 +95,27 @@ def tokenize(
     return manifest
 
 
-def _prepare(staging: Path, request: dict[str, Any]) -> None:
-    """Keep an interrupted ``staging`` that was made for the same request, empty any other."""
-    file = staging / "request.json"
+@contextmanager
+def _staging(staging: Path, request: dict[str, Any]) -> Iterator[None]:
+    """Hold ``staging``: kept when an interrupted call made it for the same request, emptied otherwise."""
     data = json.dumps(request, indent=1).encode()
-    if staging.exists() and not (file.is_file() and file.read_bytes() == data):
-        shutil.rmtree(staging)
     try:
         staging.mkdir(parents=True, exist_ok=True)
+        lock = (staging / "lock").open("w")
     except OSError as error:
-        raise DataError(f"cannot create {staging}: {error.strerror}; choose a writable --out") from error
-    write_atomically(file, data)
+        raise DataError(f"cannot write {staging}: {error.strerror}; choose a writable --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"another process is writing {staging}; wait for it or choose another --out") from error
+        file = staging / "request.json"
+        if not (file.is_file() and file.read_bytes() == data):
+            for left in staging.iterdir():
+                if left.name != "lock":
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            write_atomically(file, data)
+        yield
 
 
 def _tokenizer(staging: Path, choice: str, files: list[Path], bpe_bytes: int, say: Any) -> Tokenizer:
@@ -189,7 +200,9 @@ def _write_all(
     environment = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # inherited by the workers: parallel over processes, not threads
     pool = (
-        ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (str(staging), tokenizer.path))
+        ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), _start_worker, (str(staging), tokenizer.path)
+        )
         if workers > 1
         else None
     )
@@ -232,6 +245,9 @@ _worker: tuple[Path, Tokenizer] | None = None
 
 def _start_worker(staging: str, tokenizer: str) -> None:
     global _worker
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        exit_with_parent(parent.pid)
     _worker = Path(staging), load_tokenizer(tokenizer)
 
 
@@ -247,7 +263,7 @@ def _encode_shard(file: str, domain: str, documents: list[tuple[dict[str, str], 
         if shard["text_sha256"] == digest and path.is_file() and path.stat().st_size == shard["bytes"]:
             return shard
     rows = write_shard(path, _encoded(tokenizer, documents), dtype_for(tokenizer.vocab_size))
-    np.save(staging / (path.stem + ".index.npy"), rows)
+    write_array(staging / (path.stem + ".index.npy"), rows)
     shard = {
         "file": file,
         "domain": domain,

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gzip
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +29,18 @@ def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
     commands.add_arguments(parser)
     return commands.main(parser.parse_args(arguments))
+
+
+def gone(pid: int) -> bool:
+    """The process ends within 20 seconds (a zombie that nobody collects has ended)."""
+    for _ in range(200):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_round_trip_through_plain_webdataset(corpus: Path, shards: Path, tokenizer: Tokenizer) -> None:
@@ -105,6 +122,47 @@ def test_a_changed_request_starts_afresh(corpus: Path, tmp_path: Path) -> None:
     (partial / "old-000000.tar").write_text("left over")
     tokenize([corpus / "news.txt"], out, "bpe:300", domain="news", workers=1, quiet=True)
     assert [f.name for f in out.glob("*.tar")] == ["news-000000.tar"] and not partial.exists()
+
+
+def test_two_calls_do_not_write_the_same_folder(corpus: Path, tmp_path: Path, shards: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    with (tmp_path / "out.partial" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process is writing"):
+            tokenize([corpus], tmp_path / "out", str(shards), workers=1, quiet=True)
+    tokenize([corpus], tmp_path / "out", str(shards), workers=1, quiet=True)
+
+
+def test_killed_command_leaves_no_workers_and_goes_on(corpus: Path, tmp_path: Path, shards: Path) -> None:
+    """SIGKILL of the command: its worker processes leave, nothing is at DIR, the next call finishes."""
+    out = tmp_path / "out"
+    script = f"""
+import multiprocessing, time
+from data_pipeline import tokenizing
+
+def slow(*args, **options):
+    print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    tokenizing.wait = slow
+    tokenizing.tokenize([{str(corpus)!r}], {str(out)!r}, {str(shards)!r}, shard_bytes=8000, workers=2, quiet=True)
+"""
+    (tmp_path / "command.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = subprocess.Popen(
+        [sys.executable, str(tmp_path / "command.py")], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert command.stdout is not None
+    workers = [int(pid) for pid in command.stdout.readline().split()]
+    assert workers
+    command.kill()
+    command.wait()
+    command.stdout.close()
+    assert all(gone(pid) for pid in workers)
+    assert not out.exists()
+    manifest = tokenize([corpus], out, str(shards), shard_bytes=8000, workers=1, quiet=True)
+    assert manifest["documents"] == 71
 
 
 def test_commands(corpus: Path, tmp_path: Path, capsys) -> None:
