@@ -77,11 +77,14 @@ class OptimizerSettings:
 
 
 def ddp_config(settings: OptimizerSettings, *, overlap: bool = False) -> compat.DistributedDataParallelConfig:
-    """Megatron's DDP configuration: fp32 gradients; overlap hides their reduction behind the backward pass (GPU)."""
+    """Megatron's DDP configuration: fp32 gradients; overlap hides their reduction behind the backward pass (GPU).
+
+    The gathering of updated parameters is not overlapped: it would end in the next forward pass, and a checkpoint
+    written before that would hold parameters of two different steps.
+    """
     return compat.DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and settings.shares_state,
         use_distributed_optimizer=settings.shares_state,
         check_for_nan_in_grad=False,  # step() looks at the norm and refuses the update
     )

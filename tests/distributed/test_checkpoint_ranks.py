@@ -16,7 +16,7 @@ KINDS = {
     "adamw": {"name": "adamw"},
     "adamw, bf16, experts": {"name": "adamw", "bf16": True, "experts": 4},
     "adamw, replicated": {"name": "adamw", "settings": {"distributed": False}},
-    "muon": {"name": "muon"},
+    "muon, overlapped reduction": {"name": "muon", "overlap": True},
 }
 
 
@@ -56,7 +56,13 @@ def worlds(tmp_path_factory):
             for name, kind in KINDS.items()
         ]
 
-    full = {"kind": KINDS["muon"], "to": 1, "save": str(root / "full"), "save_at": [1], "full": True}
+    full = {
+        "kind": KINDS["muon, overlapped reduction"],
+        "to": 1,
+        "save": str(root / "full"),
+        "save_at": [1],
+        "full": True,
+    }
     results = {
         "one": run(1, jobs(1, None)),
         # two ranks: from scratch, then their own checkpoint, then that of one rank, then onto a full disk
@@ -99,7 +105,7 @@ def test_another_number_of_ranks_continues(worlds, kind, change):
 
 @pytest.mark.parametrize("change", ["two from one", "one from two", "two from two"])
 def test_the_lanes_of_all_ranks_come_back(worlds, change):
-    lanes = worlds["muon"][change]["lanes"]
+    lanes = worlds["adamw"][change]["lanes"]
     assert lanes == {str(lane): {"position": 100 * lane} for lane in range(4)}
 
 

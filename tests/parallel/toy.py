@@ -21,6 +21,7 @@ class Toy:
         width: int = 32,
         experts: int = 0,
         dropout: float = 0.1,
+        overlap: bool = False,
     ) -> None:
         torch.manual_seed(1)
         moe = {}
@@ -47,7 +48,7 @@ class Toy:
             share_embeddings_and_output_weights=False,
         ).to(device)
         self.device, self.settings = device, settings
-        self.chunks = wrap_model([model], settings)
+        self.chunks = wrap_model([model], settings, overlap=overlap)
         self.optimizer = build_optimizer(settings, self.chunks)
         self.config.finalize_model_grads_func = compat.finalize_model_grads
         self.steps = 0
