@@ -141,13 +141,14 @@ class HierarchicalSparseAttention(MegatronModule):
         length, batch = hidden_states.shape[:2]
         q = self.q_layernorm(self.linear_q(hidden_states)[0].view(length, batch, -1, model.head_dim))
         retrieval = self.linear_retrieval(hidden_states)[0].view(length, batch, model.retrieval_heads, -1)
-        # Scores decide which chunks are read at all, so they are computed in fp32 whatever the precision of the run.
-        retrieval = self.retrieval_layernorm(retrieval.float())
+        # Scores decide which chunks are read at all, so they are computed in fp32 at least, whatever the run's precision.
+        wide = torch.promote_types(retrieval.dtype, torch.float32)
+        retrieval = self.retrieval_layernorm(retrieval.to(wide))
 
         def attend(q: Tensor, retrieval: Tensor, k: Tensor, v: Tensor, landmarks: Tensor) -> Tensor:
             indices, scores = ops.select_chunks(
                 retrieval.transpose(0, 1),
-                landmarks.float(),
+                landmarks.to(wide),
                 top_k=min(self.schedule.top_k or memory.chunks, memory.chunks),
                 chunk_size=model.chunk_size,
                 query_offset=query_offset,

@@ -9,7 +9,7 @@ from parallel.compat import TransformerConfig
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32, returned in the dtype of x.
+    """y = x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32 at least, returned in the dtype of x.
 
     Megatron's own fallback refuses sequence parallelism, hence this one: the gain is marked so that its gradient is
     summed over the ranks that each hold a part of the sequence.
@@ -23,4 +23,5 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return nn.functional.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).type_as(x)
