@@ -8,6 +8,16 @@ TASKS = ("niah_single", "niah_multikey", "niah_multiquery", "variable_tracking",
 """Synthetic tasks in the order of their domain ids (which follow the ids of the mix's domains)."""
 
 
+DEFAULT_TASKS = {
+    "niah_single": 0.3,
+    "niah_multikey": 0.2,
+    "niah_multiquery": 0.15,
+    "variable_tracking": 0.15,
+    "copy": 0.2,
+}
+"""Relative frequencies when a recipe gives none (it would not be a default of the field: OmegaConf merges dicts)."""
+
+
 @dataclass
 class MixEntry:
     """One domain of the mix.
@@ -28,24 +38,17 @@ class SyntheticConfig:
     """Synthetic long-context samples and the loss weights.
 
     rate: share of the sequences that are synthetic (exact over time in every lane). tasks: relative frequency by task
-    name. min_length: null makes one sample per sequence; a number packs samples of log-uniform lengths from there up
-    to the context (in tokens, whole chunks; a task that does not fit is drawn again). digits: length of a number.
-    keys: needles of ``niah_multikey`` and ``niah_multiquery``. queries: how many of them ``niah_multiquery`` asks
-    for. hops: assignments after the first in ``variable_tracking``. copy_random: share of ``copy`` samples made of
-    random tokens instead of text. templates: wordings, see ``synthetic.build_sample``. *_weight: loss weight of
-    natural text (haystacks included), of the copied half, of answers.
+    name, empty for DEFAULT_TASKS. min_length: null makes one sample per sequence; a number packs samples of
+    log-uniform lengths from there up to the context (in tokens, whole chunks; a task that does not fit is drawn
+    again). digits: length of a number. keys: needles of ``niah_multikey`` and ``niah_multiquery``. queries: how many
+    of them ``niah_multiquery`` asks for. hops: assignments after the first in ``variable_tracking``. copy_random:
+    share of ``copy`` samples made of random tokens instead of text. templates: wordings, see
+    ``synthetic.build_sample``. *_weight: loss weight of natural text (haystacks included), of the copied half, of
+    answers.
     """
 
     rate: float = 0.01
-    tasks: dict[str, float] = field(
-        default_factory=lambda: {
-            "niah_single": 0.3,
-            "niah_multikey": 0.2,
-            "niah_multiquery": 0.15,
-            "variable_tracking": 0.15,
-            "copy": 0.2,
-        }
-    )
+    tasks: dict[str, float] = field(default_factory=dict)
     text_weight: float = 1.0
     copy_weight: float = 1.0
     answer_weight: float = 1.0

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipeline.config import TASKS, DataConfig, MixEntry, SyntheticConfig
+from data_pipeline.config import DEFAULT_TASKS, TASKS, DataConfig, MixEntry, SyntheticConfig
 from data_pipeline.errors import DataError
 from data_pipeline.permutation import permute, seed_key
 from data_pipeline.shards import ShardSet
@@ -271,7 +271,7 @@ class BatchStream:
         chunk_size: int,
         seed: int,
         mix: str | None = None,
-        synthetic: SyntheticConfig | dict[str, Any] | None = None,
+        synthetic: SyntheticConfig,
     ) -> None:
         self._arguments = {
             "data": data,
@@ -288,7 +288,7 @@ class BatchStream:
         self.lanes, self.seed, self.context, self.chunk_size = lanes, seed, context, chunk_size
         self.lane_ids = sorted(lane_ids)
         self.per_lane = batch // lanes
-        self.synthetic = _merge(data.synthetic, synthetic)
+        self.synthetic = synthetic
         self.tokenizer: Tokenizer = load_tokenizer(data.tokenizer)
         opened = _open_all(data, self.tokenizer)
         entries = _entries(data, mix)
@@ -305,10 +305,11 @@ class BatchStream:
         where = "data.synthetic"
         if not 0.0 <= options.rate <= 1.0:
             raise DataError(f"{where}.rate must be between 0 and 1, not {options.rate}")
-        unknown = sorted(set(options.tasks) - set(TASKS))
+        frequencies = dict(options.tasks) or DEFAULT_TASKS
+        unknown = sorted(set(frequencies) - set(TASKS))
         if unknown:
             raise DataError(f"{where}.tasks: unknown task {unknown[0]!r}; choose from {', '.join(TASKS)}")
-        shares = np.array([float(options.tasks.get(task, 0.0)) for task in TASKS])
+        shares = np.array([float(frequencies.get(task, 0.0)) for task in TASKS])
         if (shares < 0).any() or (options.rate > 0 and shares.sum() <= 0):
             raise DataError(f"{where}.tasks: the frequencies must not be negative and not all be 0")
         if options.min_length is not None and not 8 <= options.min_length <= self.context:
@@ -430,8 +431,7 @@ def open_stream(
         from omegaconf import OmegaConf
 
         data = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), data))  # type: ignore[assignment]
-    if synthetic is not None and not isinstance(synthetic, SyntheticConfig):
-        synthetic = {str(key): value for key, value in synthetic.items()}
+    synthetic = _merge(data.synthetic, synthetic)
     return BatchStream(
         data,
         lanes=lanes,
@@ -461,17 +461,24 @@ def _check_sizes(lanes: int, lane_ids: Sequence[int], batch: int, context: int, 
 
 
 def _merge(base: SyntheticConfig, change: SyntheticConfig | dict[str, Any] | None) -> SyntheticConfig:
-    if change is None:
-        return base
-    if isinstance(change, SyntheticConfig):
-        return change
-    known = {f.name for f in dataclasses.fields(SyntheticConfig)}
-    unknown = sorted(set(change) - known)
+    """``base`` with the fields of ``change`` replaced (``tasks`` as a whole), typed like the recipe."""
+    if change is None or isinstance(change, SyntheticConfig):
+        return base if change is None else change
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    change = {str(key): value for key, value in change.items()}
+    known = [f.name for f in dataclasses.fields(SyntheticConfig)]
+    unknown = sorted(set(change) - set(known))
     if unknown:
-        raise DataError(
-            f"unknown key {unknown[0]!r} in the stage's data.synthetic; choose from {', '.join(sorted(known))}"
-        )
-    return dataclasses.replace(base, **change)
+        raise DataError(f"unknown key {unknown[0]!r} in the stage's data.synthetic; choose from {', '.join(known)}")
+    try:
+        if "tasks" in change:  # merging would add them to the recipe's
+            base = dataclasses.replace(base, tasks={})
+        merged = OmegaConf.structured(base)
+        return OmegaConf.to_object(OmegaConf.merge(merged, change))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise DataError(f"the stage's data.synthetic: {str(error).splitlines()[0]}") from error
 
 
 def _entries(data: DataConfig, mix: str | None) -> list[MixEntry]:

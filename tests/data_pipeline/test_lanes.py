@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from data_pipeline.config import TASKS, DataConfig, MixEntry, SyntheticConfig
 from data_pipeline.errors import DataError
@@ -210,6 +211,19 @@ def test_synthetic_rate_is_exact_and_weights_are_the_recipes(data: DataConfig) -
     assert set(np.unique(weight[rows[:, 0] < 3])) == {0.0, 0.5}
 
 
+def test_stage_changes_fields_and_recipes_are_omegaconf(data: DataConfig) -> None:
+    """A stage's tasks replace the recipe's; a recipe's tasks are not added to the defaults."""
+    recipe = OmegaConf.merge(
+        OmegaConf.structured(data), {"synthetic": {"rate": 1.0, "tasks": {"copy": 1}, "digits": 6}}
+    )
+    stream = open_(recipe, synthetic=OmegaConf.create({"rate": 0.5}))
+    assert stream._tasks == ["copy"] and stream.synthetic.rate == 0.5 and stream.synthetic.digits == 6
+    stream = open_(recipe, synthetic={"tasks": {"niah_single": 2.0}})
+    assert stream._tasks == ["niah_single"] and stream.synthetic.rate == 1.0
+    assert open_(data, synthetic={"rate": 1.0})._tasks == list(TASKS)
+    pickle.dumps(stream)
+
+
 def test_named_mix_keeps_positions_and_restarts_its_shares(data: DataConfig) -> None:
     first = open_(data, synthetic={"rate": 0.0})
     for _ in range(3):
@@ -233,6 +247,7 @@ def test_named_mix_keeps_positions_and_restarts_its_shares(data: DataConfig) -> 
         ({"mix": "nope"}, "no mix 'nope' in data.mixes; there are long"),
         ({"synthetic": {"rat": 1.0}}, "unknown key 'rat'"),
         ({"synthetic": {"rate": 2.0}}, "data.synthetic.rate"),
+        ({"synthetic": {"rate": "often"}}, "data.synthetic: .*often"),
         ({"synthetic": {"tasks": {"niah": 1.0}}}, "unknown task 'niah'"),
         ({"synthetic": {"tasks": {"copy": -1.0}}}, "must not be negative"),
         ({"synthetic": {"min_length": 1000}}, "min_length"),
