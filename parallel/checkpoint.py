@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import queue
 import random
@@ -67,6 +68,8 @@ __all__ = [
     "step_path",
     "verify",
 ]
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 TRAINING = "training.pt"
@@ -284,7 +287,10 @@ def save_checkpoint(
             remove(temporary)
         raise explained from error
     if mesh.is_writer():
-        _rotate(directory, final, max(1, keep_last), keep)
+        try:
+            _rotate(directory, final, max(1, keep_last), keep)
+        except OSError as error:  # the checkpoint is safe, so training goes on
+            logger.warning("old checkpoints in %s could not be deleted: %s", directory, error)
     mesh.barrier()
     return final
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -47,11 +48,22 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def clean_temporary(directory: Path) -> None:
-    """Remove what killed saves and deletions left. For the process that owns the run directory, before it saves."""
-    if directory.is_dir():
-        for path in directory.iterdir():
-            if path.name.startswith((TEMPORARY, TRASH)):
-                remove(path)
+    """Remove what killed saves and deletions left. For the process that owns the run directory, before it saves.
+
+    A save killed when everything was written and only the name was missing is given its name.
+    """
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if not path.name.startswith((TEMPORARY, TRASH)):
+            continue
+        final = directory / path.name.removeprefix(TEMPORARY)
+        if _STEP.fullmatch(final.name) and not final.exists():
+            with contextlib.suppress(CheckpointError):
+                verify(path)
+                path.rename(final)
+                continue
+        remove(path)
 
 
 def remove(path: Path) -> None:

@@ -10,9 +10,8 @@ import datetime
 import os
 import random
 import socket
-import tempfile
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -181,22 +180,18 @@ def _first_slurm_host() -> str:
     return head + rest.replace("]", ",").replace("-", ",").split(",")[0]
 
 
-def _rendezvous(place: _Place) -> tuple[str, tempfile.TemporaryDirectory[str] | None]:
-    """Init method for torch.distributed, and a directory to remove afterwards."""
+def _rendezvous(place: _Place) -> dict[str, Any]:
+    """How torch.distributed finds the other ranks: arguments of init_process_group."""
     if place.world_size == 1 and "MASTER_PORT" not in os.environ:
-        # A store of its own in a fresh directory: two runs on one host can never meet.
-        directory = tempfile.TemporaryDirectory(prefix="hsa-store-")
-        return f"file://{directory.name}/store", directory
+        # A store inside this process: two runs on one host can never meet, and a kill leaves nothing behind.
+        return {"store": torch.distributed.HashStore()}
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_slurm_host()
     if "MASTER_PORT" not in os.environ:
         # The same on every task of a step, different for neighbours on a shared node.
         job, step = int(os.environ.get("SLURM_JOB_ID", "0")), os.environ.get("SLURM_STEP_ID", "0")
         os.environ["MASTER_PORT"] = str(20000 + (job * 8 + (int(step) if step.isdigit() else 0)) % 12000)
-    return "env://", None
-
-
-_store: tempfile.TemporaryDirectory[str] | None = None
+    return {"init_method": "env://"}
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -228,7 +223,6 @@ def initialize(
     gloo on CPU, nccl on GPU. Ranks come from torchrun's variables, else from srun's, else this is a world of one with a
     store of its own. Call ``shutdown`` at the end. Raises TopologyError when the sizes do not fit.
     """
-    global _store
     from parallel import compat
 
     parallel = parallel or ParallelConfig()
@@ -238,10 +232,9 @@ def initialize(
     if resolved.type == "cuda":
         torch.cuda.set_device(resolved)
     if not torch.distributed.is_initialized():
-        method, _store = _rendezvous(place)
         torch.distributed.init_process_group(
             backend="nccl" if resolved.type == "cuda" else "gloo",
-            init_method=method,
+            **_rendezvous(place),
             rank=place.rank,
             world_size=place.world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -273,16 +266,12 @@ def seed_everything(seed: int) -> None:
 
 def shutdown() -> None:
     """Take down Megatron's groups and torch.distributed; harmless when nothing is up."""
-    global _store
     from parallel import compat
 
     if compat.parallel_state.model_parallel_is_initialized():
         compat.parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if _store is not None:
-        _store.cleanup()
-        _store = None
 
 
 def rank() -> int:

@@ -200,6 +200,26 @@ def test_leftovers_of_killed_processes_are_removed(small, tmp_path):
     clean_temporary(tmp_path / "missing")
 
 
+def test_a_save_killed_before_the_rename_is_completed(small, tmp_path):
+    path = save(small, tmp_path)
+    path.rename(tmp_path / ".tmp-step_00000001")
+    assert find_latest(tmp_path) is None
+    clean_temporary(tmp_path)
+    assert find_latest(tmp_path) == path
+    assert load_checkpoint(path, small.chunks, small.optimizer) == {"steps": 1}
+
+
+def test_a_rotation_that_fails_does_not_stop_training(small, tmp_path, monkeypatch, caplog):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "discard", refuse)
+    for step in (1, 2):
+        small.steps = step
+        save(small, tmp_path, keep_last=1)
+    assert "could not be deleted" in caplog.text and len(list_checkpoints(tmp_path)) == 2
+
+
 # --- damage --------------------------------------------------------------------------------------------------------
 
 
