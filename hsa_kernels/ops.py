@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hsa_kernels import reference
 from hsa_kernels.reference import selection_weights
+from hsa_kernels.shapes import check_hsa_shapes, check_selection_shapes, check_window_shapes
 
-__all__ = ["hsa_attention", "select_chunks", "selection_weights", "sliding_window_attention"]
+__all__ = ["hsa_attention", "hsa_decode", "select_chunks", "selection_weights", "sliding_window_attention"]
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -63,12 +64,14 @@ def hsa_attention(
     def reason() -> str | None:
         from hsa_kernels.triton import attention
 
+        if softmax_scale is not None and softmax_scale < 0:
+            return f"softmax_scale {softmax_scale} (0 or more)"
         return attention.supports(q, k, v, weights, indices, chunk_size)
 
     if _use_kernels(backend, "hsa_attention", q.device.type, reason):
         from hsa_kernels.triton import register
 
-        reference.check_hsa_shapes(q, k, v, weights, indices, chunk_size)
+        check_hsa_shapes(q, k, v, weights, indices, chunk_size)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
         return register.attention_op(q, k, v, weights, indices.int(), chunk_size, scale)
     return reference.hsa_attention(q, k, v, weights, indices, chunk_size=chunk_size, softmax_scale=softmax_scale)
@@ -96,7 +99,7 @@ def select_chunks(
     if _use_kernels(backend, "select_chunks", q.device.type, reason):
         from hsa_kernels.triton import register
 
-        reference.check_selection_shapes(q, landmarks, documents, top_k, chunk_size, query_offset)
+        check_selection_shapes(q, landmarks, documents, top_k, chunk_size, query_offset)
         return register.select_op(q, landmarks, documents, top_k, chunk_size, query_offset, exclude_window)
     return reference.select_chunks(
         q,
@@ -107,6 +110,45 @@ def select_chunks(
         documents=documents,
         exclude_window=exclude_window,
         noise=noise,
+    )
+
+
+def hsa_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_select: Tensor,
+    landmarks: Tensor,
+    visible: Tensor,
+    *,
+    top_k: int,
+    chunk_size: int = 64,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Selection and attention of one new token per sequence, without gradients.
+
+    q (B, Hq, D); k, v (B, C * chunk_size, Hkv, D) and landmarks (B, C, Hr, Dr) are caches of any capacity C;
+    q_select (B, Hr, Dr), Hr = Hkv or 1; visible (B,) int32 on the device: chunks 0..visible-1 may be chosen (completed
+    ones, minus those that an excluded window hides). Returns (B, Hq, D). The kernels read `visible` on the device and
+    launch the same grid always: capture the call in a CUDA graph and let the context grow up to C.
+    """
+
+    def reason() -> str | None:
+        from hsa_kernels import decode
+
+        if softmax_scale is not None and softmax_scale < 0:
+            return f"softmax_scale {softmax_scale} (0 or more)"
+        return decode.supports(q, k, q_select, top_k)
+
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if _use_kernels(backend, "hsa_decode", q.device.type, reason):
+        from hsa_kernels import decode
+
+        inputs = (q, k, v, q_select, landmarks, visible)
+        return decode.decode(*inputs, top_k=top_k, chunk_size=chunk_size, scale=scale)
+    return reference.hsa_decode(
+        q, k, v, q_select, landmarks, visible, top_k=top_k, chunk_size=chunk_size, softmax_scale=scale
     )
 
 
@@ -134,7 +176,7 @@ def sliding_window_attention(
     if _use_kernels(backend, "sliding_window_attention", q.device.type, reason):
         from hsa_kernels import window as window_attention
 
-        reference.check_window_shapes(q, k, v, window, documents, key_offset)
+        check_window_shapes(q, k, v, window, documents, key_offset)
         return window_attention.flex_window(q, k, v, window, documents, key_offset, softmax_scale)
     return reference.sliding_window_attention(
         q, k, v, window=window, documents=documents, key_offset=key_offset, softmax_scale=softmax_scale

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hsa_kernels.shapes import check_hsa_shapes, check_selection_shapes, check_window_shapes
+
 __all__ = [
-    "check_hsa_shapes",
-    "check_selection_shapes",
-    "check_window_shapes",
     "hsa_attention",
+    "hsa_decode",
     "select_chunks",
     "selection_weights",
     "sliding_window_attention",
@@ -309,6 +309,37 @@ def selection_weights(scores: Tensor, indices: Tensor) -> Tensor:
     return e / torch.where(total > 0, total, torch.ones_like(total))
 
 
+def hsa_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_select: Tensor,
+    landmarks: Tensor,
+    visible: Tensor,
+    *,
+    top_k: int,
+    chunk_size: int = 64,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Selection and attention of one new token per sequence; shapes in `ops.hsa_decode`."""
+    heads_kv, chunks = k.shape[2], landmarks.shape[1]
+    outputs = []
+    for b in range(q.shape[0]):
+        # Position visible * chunk_size sees exactly the chunks before it.
+        offset = min(int(visible[b]), chunks) * chunk_size
+        ids, scores = select_chunks(
+            q_select[b : b + 1, None],
+            landmarks[b : b + 1],
+            top_k=top_k,
+            chunk_size=chunk_size,
+            query_offset=offset,
+        )
+        weights = selection_weights(scores, ids).expand(-1, -1, heads_kv, -1)
+        args = (q[b : b + 1, None], k[b : b + 1], v[b : b + 1], weights, ids.expand(-1, -1, heads_kv, -1))
+        outputs.append(hsa_attention(*args, chunk_size=chunk_size, softmax_scale=softmax_scale)[:, 0])
+    return torch.cat(outputs)
+
+
 def sliding_window_attention(
     q: Tensor,
     k: Tensor,
@@ -386,58 +417,3 @@ def _band(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def check_hsa_shapes(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, chunk_size: int) -> int:
-    """Number of chunks C. Raises ValueError naming the shape that does not fit."""
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(f"hsa_attention: q, k, v must be 4-D with k like v, got {q.shape}, {k.shape}, {v.shape}")
-    if weights.shape != indices.shape or indices.dim() != 4 or indices.shape[:2] != q.shape[:2]:
-        raise ValueError(
-            f"hsa_attention: weights and indices must be (B, L, Hkv, K), got {weights.shape} and {indices.shape}"
-        )
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or indices.shape[2] != k.shape[2]:
-        raise ValueError(f"hsa_attention: q {q.shape}, k {k.shape}, indices {indices.shape} do not belong together")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"hsa_attention: {q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads")
-    if chunk_size < 1 or k.shape[1] % chunk_size:
-        raise ValueError(f"hsa_attention: {k.shape[1]} keys are no multiple of chunk_size {chunk_size}: pad k and v")
-    return k.shape[1] // chunk_size
-
-
-def check_selection_shapes(
-    q: Tensor, landmarks: Tensor, documents: Tensor | None, top_k: int, chunk_size: int, query_offset: int
-) -> None:
-    """Raise ValueError naming what does not fit."""
-    if q.dim() != 4 or landmarks.dim() != 4 or q.shape[0] != landmarks.shape[0] or q.shape[2:] != landmarks.shape[2:]:
-        raise ValueError(
-            f"select_chunks: q must be (B, L, Hr, Dr) and landmarks (B, C, Hr, Dr), got {q.shape}, {landmarks.shape}"
-        )
-    if top_k < 1 or chunk_size < 1 or query_offset < 0:
-        raise ValueError(
-            f"select_chunks: top_k {top_k}, chunk_size {chunk_size} >= 1, query_offset {query_offset} >= 0"
-        )
-    if documents is not None and (documents.dim() != 2 or documents.shape[1] < query_offset + q.shape[1]):
-        raise ValueError(
-            f"select_chunks: documents {tuple(documents.shape)} must be (B, Lkey) and reach the last query position "
-            f"{query_offset + q.shape[1]}"
-        )
-
-
-def check_window_shapes(
-    q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None, key_offset: int
-) -> None:
-    """Raise ValueError naming what does not fit."""
-    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"sliding_window_attention: q {q.shape}, k {k.shape}, v {v.shape} do not belong together")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"sliding_window_attention: {q.shape[2]} query heads, {k.shape[2]} key/value heads")
-    if window < 1:
-        raise ValueError(f"sliding_window_attention: window {window} must be at least 1 (it counts the token itself)")
-    if key_offset < 0 or key_offset + q.shape[1] > k.shape[1]:
-        raise ValueError(
-            f"sliding_window_attention: {q.shape[1]} queries at key_offset {key_offset} need as many keys, "
-            f"got {k.shape[1]}"
-        )
-    if documents is not None and tuple(documents.shape) != (k.shape[0], k.shape[1]):
-        raise ValueError(f"sliding_window_attention: documents {tuple(documents.shape)} must be (B, Lk) of the keys")

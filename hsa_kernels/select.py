@@ -75,14 +75,14 @@ def select(
             1.0 / math.sqrt(dim), n, chunks, query_offset + begin, exclude_window, keys,
             *part.stride(), *landmarks.stride(),
             HEADS=heads, S=chunk_size, DR=dim, BD=block_d, BM=rows, BN=classes, TOPK=top_k, CAP=capacity,
-            DOCUMENTS=documents is not None, PRECISION=precision(q.dtype), num_warps=4, num_stages=2,
+            DOCUMENTS=documents is not None, PRECISION=precision(q.dtype), num_warps=8, num_stages=2,
         )  # fmt: skip
         whole = n == length
         out_ids = ids if whole else torch.empty(batch, n, heads, top_k, dtype=torch.int32, device=device)
         out_scores = scores if whole else torch.empty(batch, n, heads, top_k, dtype=torch.float32, device=device)
-        select_kernels.choose_kernel[(triton.cdiv(n, 16), batch * heads)](
+        select_kernels.choose_kernel[(triton.cdiv(n, 8), batch * heads)](
             cand_id, cand_score, count, out_ids, out_scores, torch.finfo(torch.float32).min, n,
-            HEADS=heads, BM=16, TOPK=top_k, KP=triton.next_power_of_2(top_k), CAP=capacity, num_warps=4,
+            HEADS=heads, BM=8, TOPK=top_k, KP=triton.next_power_of_2(top_k), CAP=capacity, num_warps=4,
         )  # fmt: skip
         if not whole:
             ids[:, begin : begin + n] = out_ids

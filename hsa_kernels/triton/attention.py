@@ -46,6 +46,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, 
         return f"{ratio} query heads per key/value head (1, 2, 4, 8, 16 or 32)"
     if not 1 <= indices.shape[-1] <= 256:
         return f"{indices.shape[-1]} chunks per token (1 to 256)"
+    if q.dtype == torch.float32 and chunk_size * dim > 8192:
+        return f"float32 chunks of {chunk_size} x {dim} (the tiles exceed the shared memory)"
     if q.numel() == 0 or k.numel() == 0:
         return "empty input"
     return None
@@ -64,7 +66,7 @@ def _union_tiling(q: Tensor, chunk_size: int, backward: bool) -> Tiling:
 
 def _chunk_tiling(q: Tensor, chunk_size: int, backward: bool) -> Tiling:
     if q.dtype == torch.float32:
-        return Tiling(32 if chunk_size > 64 else 64, 8, 1)
+        return Tiling(32, 4, 1)
     if backward:
         return Tiling(64 if chunk_size > 64 else 128, 8, 2)
     return Tiling(128, 8, 2)
@@ -190,7 +192,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dw by the loop order that suits the head ratio."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    form = {"one_pass": not deterministic, "deterministic": deterministic}
+    # fp32 tiles of one pass do not fit the shared memory.
+    one_pass = not deterministic and q.dtype != torch.float32
+    form = {"one_pass": one_pass, "deterministic": deterministic}
     return backward_form(q, k, v, w, idx, grad, chunk_size, scale, **form)
 
 

@@ -16,9 +16,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _softmax(s):
-    """Rows of exp2(s - max) and their sums. s is already in units of log 2."""
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
+def _softmax(s, to_log2):
+    """Rows of exp(scale * (s - max)) and their sums; to_log2 = scale / ln 2 >= 0, folded into one multiply-add."""
+    p = tl.exp2(s * to_log2 - (tl.max(s, 1) * to_log2)[:, None])
     return p, tl.sum(p, 1)
 
 
@@ -83,21 +83,22 @@ def union_attention_kernel(
         v = tl.load(v_at + chunk * S * stride_vl)
         # One entry ahead: column, then weight, are two dependent loads.
         next_weight = _union_weights(w_at, slots_at, entry + 1, count, token, inside, T, stride_wk)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_log2
-        p, total = _softmax(s)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p, total = _softmax(s, to_log2)
+        pw = p * (weight / total)[:, None]
         if BACKWARD:
-            p = p / total[:, None]
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            delta = tl.sum(p * dp, 1)
+            delta = tl.sum(p * dp, 1) / total
             mine = tl.load(slots_at + entry * T + dw_token).to(tl.int32)
             dw = tl.sum(tl.reshape(delta, (T, R)), 1)
             tl.store(dw_at + mine * stride_dk, dw.to(DW.dtype.element_ty), mask=mine >= 0)
-            ds = p * (dp - delta[:, None]) * (weight * scale)[:, None]
+            ds = pw * (dp - delta[:, None])
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
         else:
-            p = p * (weight / total)[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            acc = tl.dot(pw.to(v.dtype), v, acc, input_precision=PRECISION)
         weight = next_weight
+    if BACKWARD:
+        acc *= scale
     o_at = OUT + b * stride_ob + t[:, None] * stride_ol + head[:, None] * stride_oh + d[None, :] * stride_od
     tl.store(o_at, acc.to(OUT.dtype.element_ty), mask=inside[:, None])
 
@@ -156,14 +157,14 @@ def chunk_attention_kernel(
             weight = tl.load(w_at + t * stride_wl + (pair % TOPK) * stride_wk, mask=inside, other=0.0).to(tl.float32)
             if BACKWARD:
                 do = tl.load(g_at + t[:, None] * stride_gl, mask=inside[:, None], other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_log2
-            p, total = _softmax(s)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p, total = _softmax(s, to_log2)
+            pw = p * (weight / total)[:, None]
             if BACKWARD:
-                p = p / total[:, None]
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-                delta = tl.sum(p * dp, 1)
-                dv = tl.dot(tl.trans((p * weight[:, None]).to(do.dtype)), do, dv, input_precision=PRECISION)
-                ds = (p * (dp - delta[:, None]) * (weight * scale)[:, None]).to(q.dtype)
+                delta = tl.sum(p * dp, 1) / total
+                dv = tl.dot(tl.trans(pw.to(do.dtype)), do, dv, input_precision=PRECISION)
+                ds = (pw * (dp - delta[:, None])).to(q.dtype)
                 dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
                 if WITH_DQ:
                     mine = i + tl.arange(0, T)
@@ -171,13 +172,13 @@ def chunk_attention_kernel(
                     dw = tl.sum(tl.reshape(delta, (T, R)), 1)
                     place = dw_at + (own // TOPK).to(tl.int64) * stride_dl + (own % TOPK) * stride_dk
                     tl.store(place, dw.to(DW.dtype.element_ty), mask=mine < end)
-                    dq = tl.dot(ds, k, input_precision=PRECISION)
+                    dq = tl.dot(ds, k, input_precision=PRECISION) * scale
                     tl.atomic_add(o_at + t[:, None] * (HEADS * R * D), dq, mask=inside[:, None], sem="relaxed")
             else:
-                p = p * (weight / total)[:, None]
-                o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+                o = tl.dot(pw.to(v.dtype), v, input_precision=PRECISION)
                 tl.atomic_add(o_at + t[:, None] * (HEADS * R * D), o, mask=inside[:, None], sem="relaxed")
         if BACKWARD:
+            dk *= scale
             inner = tl.arange(0, S)[:, None] * D + d[None, :]
             if PARTS:
                 tl.store(DK + item.to(tl.int64) * S * D + inner, dk)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _order(score):
+def order(score):
     """float32 -> int32 with the same order; -0.0 equals 0.0; never the lowest integer for a finite score."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -100,7 +100,7 @@ def candidates_kernel(
         at = start + column
         s = _scores(q, q_at, lm_at, at, chunks, stride_lc, stride_qd, stride_ld, scale, BM, BN, DR, BD, PRECISION)
         seen = _visible(at, last, document, docs_at, chunks, DOCUMENTS)
-        best = tl.maximum(best, tl.where(seen, _order(s), -2147483648))
+        best = tl.maximum(best, tl.where(seen, order(s), -2147483648))
     # A bound needs no low bits.
     bound = _kth_largest(best, TOPK, 8)
     rows = bh * length + safe_t
@@ -111,7 +111,7 @@ def candidates_kernel(
         at = start + column
         s = _scores(q, q_at, lm_at, at, chunks, stride_lc, stride_qd, stride_ld, scale, BM, BN, DR, BD, PRECISION)
         seen = _visible(at, last, document, docs_at, chunks, DOCUMENTS)
-        take = (seen & (_order(s) >= bound[:, None])).to(tl.int32)
+        take = (seen & (order(s) >= bound[:, None])).to(tl.int32)
         place = count[:, None] + tl.cumsum(take, 1) - 1
         write = (take > 0) & (place < CAP) & row_in[:, None]
         tl.store(out_id[:, None] + place, tl.broadcast_to(at[None, :], [BM, BN]), mask=write)
@@ -128,7 +128,7 @@ def candidates_kernel(
                 s = _scores(q, q_at, lm_at, at, chunks, stride_lc, stride_qd, stride_ld, scale, BM, BN, DR, BD,
                             PRECISION)  # fmt: skip
                 seen = _visible(at, last, document, docs_at, chunks, DOCUMENTS)
-                above += tl.sum((seen & (_order(s) >= step[:, None])).to(tl.int32), 1)
+                above += tl.sum((seen & (order(s) >= step[:, None])).to(tl.int32), 1)
             exact = tl.where(above >= TOPK, step, exact)
         count = tl.zeros([BM], dtype=tl.int32)
         ties = tl.zeros([BM], dtype=tl.int32)
@@ -136,9 +136,9 @@ def candidates_kernel(
             at = start + column
             s = _scores(q, q_at, lm_at, at, chunks, stride_lc, stride_qd, stride_ld, scale, BM, BN, DR, BD, PRECISION)
             seen = _visible(at, last, document, docs_at, chunks, DOCUMENTS)
-            tie = (seen & (_order(s) == exact[:, None])).to(tl.int32)
+            tie = (seen & (order(s) == exact[:, None])).to(tl.int32)
             early = ties[:, None] + tl.cumsum(tie, 1) <= TOPK
-            take = ((seen & (_order(s) > exact[:, None])) | ((tie > 0) & early)).to(tl.int32)
+            take = ((seen & (order(s) > exact[:, None])) | ((tie > 0) & early)).to(tl.int32)
             place = count[:, None] + tl.cumsum(take, 1) - 1
             write = (take > 0) & (place < CAP) & row_in[:, None]
             tl.store(out_id[:, None] + place, tl.broadcast_to(at[None, :], [BM, BN]), mask=write)
@@ -146,6 +146,50 @@ def candidates_kernel(
             count += tl.sum(take, 1)
             ties += tl.sum(tie, 1)
     tl.store(CAND_COUNT + rows, count, mask=row_in)
+
+
+@triton.jit
+def exact_bar(key, real, TOPK: tl.constexpr):
+    """Per row: the TOPK-th largest real key, or the smallest one where there are no more than TOPK.
+
+    Starts at the smallest key and adds bits: the candidates' span needs fewer of them than a whole float has.
+    """
+    low = tl.min(tl.where(real, key, 0x7FFFFFFF), 1)
+    high = tl.max(tl.where(real, key, -2147483648), 1)
+    span = tl.maximum(high.to(tl.int64) - low.to(tl.int64), 0)
+    # Exponent of the span as a float; rounding can only make it one bit longer.
+    bits = (tl.max(span, 0).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+    for i in range(0, tl.minimum(tl.maximum(bits, 0), 32)):
+        step = low.to(tl.int64) + (tl.full([1], 1, dtype=tl.int64) << (bits - 1 - i))
+        step = tl.minimum(step, 0x7FFFFFFF).to(tl.int32)
+        enough = tl.sum((real & (key >= step[:, None])).to(tl.int32), 1) >= TOPK
+        low = tl.where(enough, step, low)
+    return low
+
+
+@triton.jit
+def _choose(
+    CAND_ID, CAND_SCORE, IDS, SCORES, rows, count, out, inside, lowest,
+    BM: tl.constexpr, TOPK: tl.constexpr, KP: tl.constexpr, CAP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    j = tl.arange(0, WIDTH)
+    real = j[None, :] < count[:, None]
+    ids = tl.load(CAND_ID + rows[:, None] * CAP + j[None, :], mask=real, other=0)
+    score = tl.load(CAND_SCORE + rows[:, None] * CAP + j[None, :], mask=real, other=0.0)
+    key = order(score)
+    bar = exact_bar(key, real, TOPK)
+    above = (real & (key > bar[:, None])).to(tl.int32)
+    tie = (real & (key == bar[:, None])).to(tl.int32)
+    room = TOPK - tl.sum(above, 1)
+    keep = above + tie * (tl.cumsum(tie, 1) <= room[:, None]).to(tl.int32)
+    place = tl.cumsum(keep, 1) - 1
+    write = (keep > 0) & inside[:, None]
+    tl.store(IDS + out[:, None] + place, ids, mask=write)
+    tl.store(SCORES + out[:, None] + place, score, mask=write)
+    column = tl.arange(0, KP)
+    empty = (column[None, :] >= tl.sum(keep, 1)[:, None]) & (column[None, :] < TOPK) & inside[:, None]
+    tl.store(IDS + out[:, None] + column[None, :], tl.full([BM, KP], -1, dtype=tl.int32), mask=empty)
+    tl.store(SCORES + out[:, None] + column[None, :], tl.full([BM, KP], 0.0, dtype=tl.float32) + lowest, mask=empty)
 
 
 @triton.jit
@@ -161,22 +205,9 @@ def choose_kernel(
     inside = t < length
     rows = bh * length + tl.minimum(t, length - 1)
     count = tl.load(CAND_COUNT + rows, mask=inside, other=0)
-    j = tl.arange(0, CAP)
-    real = j[None, :] < count[:, None]
-    ids = tl.load(CAND_ID + rows[:, None] * CAP + j[None, :], mask=real, other=0)
-    score = tl.load(CAND_SCORE + rows[:, None] * CAP + j[None, :], mask=real, other=0.0)
-    key = tl.where(real, _order(score), -2147483648)
-    bar = _kth_largest(key, TOPK, 0)
-    above = (key > bar[:, None]).to(tl.int32)
-    tie = (real & (key == bar[:, None])).to(tl.int32)
-    room = TOPK - tl.sum(above, 1)
-    keep = above + tie * (tl.cumsum(tie, 1) <= room[:, None]).to(tl.int32)
-    place = tl.cumsum(keep, 1) - 1
     out = ((bh // HEADS * length + t) * HEADS + bh % HEADS) * TOPK
-    write = (keep > 0) & inside[:, None]
-    tl.store(IDS + out[:, None] + place, ids, mask=write)
-    tl.store(SCORES + out[:, None] + place, score, mask=write)
-    column = tl.arange(0, KP)
-    empty = (column[None, :] >= tl.sum(keep, 1)[:, None]) & (column[None, :] < TOPK) & inside[:, None]
-    tl.store(IDS + out[:, None] + column[None, :], tl.full([BM, KP], -1, dtype=tl.int32), mask=empty)
-    tl.store(SCORES + out[:, None] + column[None, :], tl.full([BM, KP], 0.0, dtype=tl.float32) + lowest, mask=empty)
+    # Nearly all rows have fewer candidates than half the capacity.
+    if tl.max(count, 0) <= CAP // 2:
+        _choose(CAND_ID, CAND_SCORE, IDS, SCORES, rows, count, out, inside, lowest, BM, TOPK, KP, CAP, CAP // 2)
+    else:
+        _choose(CAND_ID, CAND_SCORE, IDS, SCORES, rows, count, out, inside, lowest, BM, TOPK, KP, CAP, CAP)

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from hsa_kernels import hsa_attention, reference, select_chunks, selection_weights
+from hsa_kernels import hsa_attention, hsa_decode, reference, select_chunks, selection_weights
 from hsa_kernels import index as work_lists
 from hsa_kernels.triton import attention, interpreter, register
 
@@ -196,6 +196,32 @@ def test_selection_in_passes(monkeypatch):
     assert torch.equal(ids, want_ids)
     for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, lm)) for x in (scores, want)), strict=True):
         assert relative(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("heads", "select_heads", "ratio", "chunks", "top_k", "kind"),
+    [
+        (2, 2, 4, 300, 5, "normal"),
+        (2, 1, 1, 1000, 64, "normal"),
+        (1, 1, 2, 700, 16, "equal"),
+        (1, 1, 16, 40, 64, "normal"),
+    ],
+)
+def test_decode_equals_the_oracle(heads, select_heads, ratio, chunks, top_k, kind):
+    g = torch.Generator().manual_seed(chunks)
+    size, dim, dim_r = 16, 16, 32
+    q = torch.randn(3, heads * ratio, dim, generator=g).to(DEVICE)
+    k, v = (torch.randn(3, chunks * size, heads, dim, generator=g).to(DEVICE) for _ in "kv")
+    q_select = torch.randn(3, select_heads, dim_r, generator=g).to(DEVICE)
+    landmarks = torch.randn(3, chunks, select_heads, dim_r, generator=g).to(DEVICE)
+    if kind == "equal":  # more ties than the candidate buffer holds
+        landmarks[:] = 1.0
+    visible = torch.tensor([chunks, 3, 0], dtype=torch.int32, device=DEVICE)
+    landmarks[1, 3:], landmarks[2] = float("nan"), float("nan")  # what is not there yet is never read
+    args = (q, k, v, q_select, landmarks, visible)
+    got = hsa_decode(*args, top_k=top_k, chunk_size=size, softmax_scale=0.3, backend="triton")
+    want = hsa_decode(*args, top_k=top_k, chunk_size=size, softmax_scale=0.3, backend="reference")
+    assert got.shape == q.shape and relative(got, want) <= 1e-5 and torch.equal(got[2], torch.zeros_like(got[2]))
 
 
 def test_operators_pass_torch_checks():
