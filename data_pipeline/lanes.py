@@ -13,17 +13,16 @@ Legend: L context, n tokens of a piece.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipeline.config import DEFAULT_TASKS, TASKS, DataConfig, MixEntry, SyntheticConfig
+from data_pipeline.config import DEFAULT_TASKS, TASKS, DataConfig, SyntheticConfig
 from data_pipeline.errors import DataError
+from data_pipeline.mix import Domain, merge_synthetic, mix_entries, open_mixes
 from data_pipeline.permutation import permute, seed_key
-from data_pipeline.shards import ShardSet
 from data_pipeline.synthetic import SampleTooShort, SyntheticSample, build_sample
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
@@ -33,23 +32,10 @@ if TYPE_CHECKING:
 _AHEAD = 256  # positions permuted in one vectorised call
 
 
-class _Domain:
-    """A mix entry with its opened documents."""
-
-    def __init__(self, entry: MixEntry, shards: ShardSet, seed: int) -> None:
-        names = [d.name for d in shards.domains]
-        wanted = entry.domain or (names[0] if len(names) == 1 else entry.name)
-        found = shards.domain(wanted)
-        self.name, self.weight, self.shards = entry.name, float(entry.weight), shards
-        self.first, self.documents = found.first, found.documents
-        self.identity = f"{shards.fingerprint[:16]}:{found.name}"
-        self.key = seed_key(seed, "documents", entry.name)
-
-
 class _Cursor:
     """Where a lane stands in a domain: ``document`` counts the lane's documents from the start of the run."""
 
-    def __init__(self, domain: _Domain, lane: int, lanes: int, document: int = 0, offset: int = 0) -> None:
+    def __init__(self, domain: Domain, lane: int, lanes: int, document: int = 0, offset: int = 0) -> None:
         self.domain, self.lane, self.lanes = domain, lane, lanes
         self.document, self.offset = document, offset
         self._block = -1
@@ -290,9 +276,9 @@ class BatchStream:
         self.per_lane = batch // lanes
         self.synthetic = synthetic
         self.tokenizer: Tokenizer = load_tokenizer(data.tokenizer)
-        opened = _open_all(data, self.tokenizer)
-        entries = _entries(data, mix)
-        self._domains = [_Domain(entry, opened[entry.path], seed) for entry in entries]
+        opened = open_mixes(data, self.tokenizer)
+        entries = mix_entries(data, mix)
+        self._domains = [Domain(entry, opened[entry.path], seed) for entry in entries]
         self._inverse_weights = [1.0 / d.weight for d in self._domains]
         self._mix_id = f"{seed_key(*[(d.name, d.weight, d.identity) for d in self._domains]):016x}"
         self.domain_names = [d.name for d in self._domains] + list(TASKS)
@@ -431,7 +417,7 @@ def open_stream(
         from omegaconf import OmegaConf
 
         data = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), data))  # type: ignore[assignment]
-    synthetic = _merge(data.synthetic, synthetic)
+    synthetic = merge_synthetic(data.synthetic, synthetic)
     return BatchStream(
         data,
         lanes=lanes,
@@ -458,56 +444,3 @@ def _check_sizes(lanes: int, lane_ids: Sequence[int], batch: int, context: int, 
         )
     if context < chunk_size or context % chunk_size:
         raise DataError(f"a context of {context} tokens is not a multiple of the chunk size {chunk_size}")
-
-
-def _merge(base: SyntheticConfig, change: SyntheticConfig | dict[str, Any] | None) -> SyntheticConfig:
-    """``base`` with the fields of ``change`` replaced (``tasks`` as a whole), typed like the recipe."""
-    if change is None or isinstance(change, SyntheticConfig):
-        return base if change is None else change
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    change = {str(key): value for key, value in change.items()}
-    known = [f.name for f in dataclasses.fields(SyntheticConfig)]
-    unknown = sorted(set(change) - set(known))
-    if unknown:
-        raise DataError(f"unknown key {unknown[0]!r} in the stage's data.synthetic; choose from {', '.join(known)}")
-    try:
-        if "tasks" in change:  # merging would add them to the recipe's
-            base = dataclasses.replace(base, tasks={})
-        merged = OmegaConf.structured(base)
-        return OmegaConf.to_object(OmegaConf.merge(merged, change))  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise DataError(f"the stage's data.synthetic: {str(error).splitlines()[0]}") from error
-
-
-def _entries(data: DataConfig, mix: str | None) -> list[MixEntry]:
-    if mix is not None and mix not in data.mixes:
-        raise DataError(f"no mix {mix!r} in data.mixes; there are {', '.join(data.mixes) or 'none'}")
-    where = "data.mix" if mix is None else f"data.mixes.{mix}"
-    entries = list(data.mix if mix is None else data.mixes[mix])
-    names = [entry.name for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"{where} has two entries called {name!r}; names must differ")
-    for entry in entries:
-        if not (math.isfinite(entry.weight) and entry.weight >= 0):
-            raise DataError(f"{where}: the weight of {entry.name} must be a number >= 0, not {entry.weight}")
-    entries = [entry for entry in entries if entry.weight > 0]
-    if not entries:
-        raise DataError(f"{where} is empty; it needs at least one entry {{name, path, weight}} with a weight above 0")
-    return entries
-
-
-def _open_all(data: DataConfig, tokenizer: Tokenizer) -> dict[str, ShardSet]:
-    """Open every folder that any mix names (once each): a later stage must not fail on what can be seen now."""
-    opened: dict[str, ShardSet] = {}
-    for mix in [None, *data.mixes]:
-        if mix is None and not data.mix and data.mixes:
-            continue
-        for entry in _entries(data, mix):
-            if entry.path not in opened:
-                opened[entry.path] = ShardSet(entry.path)
-                opened[entry.path].check_tokenizer(tokenizer)
-            _Domain(entry, opened[entry.path], 0)
-    return opened

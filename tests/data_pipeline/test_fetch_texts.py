@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import fetch_texts
+from data_pipeline import fetch_texts, package_cache
 from data_pipeline.errors import DataError
 from data_pipeline.extract import html_to_text, r_character_vectors, read_text, tidy
 from data_pipeline.fetch_texts import fetch, main
@@ -81,7 +81,7 @@ def filled(tmp_path: Path) -> Path:
 
 
 def test_offline_from_the_cache_without_apt(filled: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(fetch_texts.shutil, "which", lambda name: None)
+    monkeypatch.setattr(package_cache.shutil, "which", lambda name: None)
     out = tmp_path / "text"
     assert main(["--out", str(out), "--cache", str(filled), "--offline"]) == 0
     printed = capsys.readouterr()
