@@ -52,9 +52,8 @@ def load_for_inference(checkpoint: str | Path, *, device: str = "auto", override
     """Build the model of a checkpoint and load its weights. `overrides` change the frozen recipe (data.*, precision,
     ...).
     """
-    from parallel.checkpoint import load_checkpoint
-
     from parallel import mesh
+    from parallel.checkpoint import load_checkpoint
     from pretrain.model import build_model
 
     run_dir, step_dir = locate(Path(checkpoint))

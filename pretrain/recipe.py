@@ -368,13 +368,14 @@ def check_stage(recipe: Recipe, stage: StageConfig) -> tuple[list[str], list[str
     clashes: list[str] = []
     label = f"stages.{stage.name}"
     chunk = recipe.model.chunk_size
-    for name in ("context", "window", "hsa_window"):
+    names = ["context", "window"] + (["hsa_window"] if stage.hsa_window != stage.window else [])
+    for name in names:
         value = getattr(stage, name)
         if value <= 0:
             errors.append(f"{label}.{name}: must be positive, is {value}")
         elif chunk > 0 and value % chunk:
-            near = max(chunk, round(value / chunk) * chunk)
-            clashes.append(f"{label}.{name}: {value} is no multiple of the chunk size {chunk}, the nearest is {near}")
+            near = " or ".join(str(n) for n in (value // chunk * chunk, (value // chunk + 1) * chunk) if n)
+            clashes.append(f"{label}.{name}: {value} is no multiple of the chunk size {chunk}, take {near}")
     if stage.top_k is not None and stage.top_k < 1:
         errors.append(f'{label}.top_k: must be positive or "full", is {stage.top_k}')
     if stage.learning_rate.schedule not in ("constant", "linear", "cosine"):

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from parallel.mesh import check_topology, launched_rank, launched_world_size, resolve_device
 from pretrain.errors import RecipeError
 from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_batch, load_recipe
-from pretrain.run_dir import RunDir
+from pretrain.run_dir import RunDir, check_resume
 from pretrain.signals import StopRequest
 from pretrain.stages import Position, StageController
 
@@ -179,9 +177,9 @@ class Training:
 
     def _set_up(self) -> None:
         import torch
-        from parallel.checkpoint import clean_temporary, find_latest
 
         from parallel import mesh
+        from parallel.checkpoint import clean_temporary, find_latest
         from pretrain.console import Console
         from pretrain.hardware import peak_flops
         from pretrain.metrics_log import MetricsLog
@@ -194,7 +192,7 @@ class Training:
             self.run_dir.acquire()
             self._cleanup.callback(self.run_dir.release)
             if self.run_dir.exists():
-                self.run_dir.resume(self.loaded.frozen, allow=self.allow)
+                check_resume(self.run_dir.read_recipe(), self.loaded.frozen, self.allow)
             clean_temporary(self.run_dir.checkpoints)
         self.device = mesh.initialize(recipe.parallel, recipe.device, seed=recipe.seed)
         self._cleanup.callback(mesh.shutdown)
@@ -211,8 +209,12 @@ class Training:
         if checkpoint is not None:
             self._restore(checkpoint)
         position = self.controller.position
-        if self.is_writer and not self.run_dir.exists():
+        if self.is_writer and self.run_dir.exists():
+            # Recorded only now: a checkpoint that does not fit the changed recipe leaves everything as it was.
+            self.run_dir.resume(self.loaded.frozen, allow=self.allow, step=position.step)
+        elif self.is_writer:
             self.run_dir.begin(self.loaded.frozen, name=recipe.name, plan=self.controller.plan())
+        self.run_id = mesh.broadcast_object(self.run_dir.read_run()["run_id"] if self.is_writer else "")
         restarts = 0
         if self.is_writer:
             restarts = self.run_dir.record_start(step=position.step, ranks=mesh.world_size())
@@ -238,7 +240,7 @@ class Training:
             )
         self.tracker = Tracker(
             self.run_dir,
-            OmegaConf.structured(recipe.tracking.mlflow),
+            recipe.tracking.mlflow,
             is_writer=self.is_writer,
             params=self.loaded.frozen,
             resume_step=position.step,
@@ -470,7 +472,7 @@ class Training:
             position.step,
             self.chunks,
             self.optimizer,
-            extra={"position": position.as_dict(), "lanes": self.lanes, "model": vars(self.recipe.model)},
+            extra={"position": position.as_dict(), "lanes": self.lanes, "run_id": self.run_id},
             keep_last=self.recipe.checkpoint.keep_last,
             keep=self._keep_forever,
         )

@@ -112,7 +112,12 @@ def hsa() -> Callable[..., subprocess.CompletedProcess]:
 
     def run(*words: object, ranks: int = 1, timeout: float = 240, **kwargs) -> subprocess.CompletedProcess:
         return subprocess.run(
-            hsa_command(*words, ranks=ranks), env=hsa_environment(), capture_output=True, text=True, timeout=timeout, **kwargs
+            hsa_command(*words, ranks=ranks),
+            env=hsa_environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            **kwargs,
         )
 
     return run

@@ -1,0 +1,211 @@
+"""What a user can get wrong: one message that says what, where and what to do, status 2, nothing half-written."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from pretrain.cli import main
+from tests.conftest import hsa_command, hsa_environment, losses, tiny_container
+
+
+def refused(capsys, *words):
+    """Run the command line in this process; it must refuse with one line. Returns that line."""
+    assert main(list(map(str, words))) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("hsa: error: ")]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    return lines[0]
+
+
+@pytest.fixture
+def train(capsys, tiny_recipe, tmp_path):
+    def run(*overrides, recipe=None):
+        message = refused(capsys, "train", recipe or tiny_recipe, *overrides, "--run-dir", tmp_path / "run")
+        assert not (tmp_path / "run").exists(), "nothing may be written for a recipe that can't be trained"
+        return message
+
+    return run
+
+
+def test_unknown_key(train):
+    assert "optimizer.learning_rate" in train("optimizer.learning_rate=1")
+
+
+def test_missing_paths(train, tmp_path):
+    assert "nowhere" in train("data.tokenizer=nowhere/tokenizer.json")
+    assert "nowhere" in train("data.mix[0].path=nowhere")
+
+
+def test_no_such_recipe(capsys):
+    assert "no recipe 'nothing.yaml'" in refused(capsys, "train", "nothing.yaml")
+
+
+def test_window_that_is_no_multiple_of_the_chunk(train):
+    message = train("stages.first.window=20")
+    assert "stages.first.window" in message and "20" in message and "chunk size 8" in message and "24" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parallel.expert=3", ["expert", "3"]),
+        ("parallel.tensor=2", ["tensor", "2"]),
+        ("parallel.pipeline=0", ["pipeline", "at least 1"]),
+    ],
+)
+def test_impossible_parallel_size(train, override, words):
+    message = train(override)
+    assert all(word in message for word in words), message
+
+
+def test_ranks_that_cannot_share_the_lanes(tiny_recipe, hsa, tmp_path):
+    done = hsa("train", tiny_recipe, "--run-dir", tmp_path / "run", ranks=3)
+    assert done.returncode != 0 and "data.lanes" in done.stderr and "2" in done.stderr
+    assert 'Traceback (most recent call last):\n  File "/' not in done.stdout and not (tmp_path / "run").exists()
+
+
+def test_unwritable_run_directory(capsys, tiny_recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(capsys, "train", tiny_recipe, "--run-dir", tmp_path / "file" / "run")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    assert "thesis.tex" in refused(capsys, "train", tiny_recipe, "--run-dir", foreign)
+    # root may write anywhere but into /proc
+    assert "/proc/run" in refused(capsys, "train", tiny_recipe, "--run-dir", "/proc/run")
+
+
+@pytest.fixture
+def broken_data(tiny_data, tmp_path):
+    """A copy of the tiny shards to damage, and a recipe on it."""
+    shards = tmp_path / "data" / "shards"
+    shutil.copytree(tiny_data / "shards", shards)
+    shutil.copytree(tiny_data / "text", tmp_path / "data" / "text")
+    recipe = tmp_path / "broken.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_container(tmp_path / "data")))
+    return shards, recipe
+
+
+def test_missing_shard(train, broken_data):
+    shards, recipe = broken_data
+    victim = sorted(shards.glob("*.tar"))[0]
+    victim.unlink()
+    assert victim.name in train(recipe=recipe)
+
+
+def test_truncated_shard(train, broken_data):
+    shards, recipe = broken_data
+    victim = sorted(shards.glob("*.tar"))[0]
+    os.truncate(victim, victim.stat().st_size // 2)
+    assert victim.name in train(recipe=recipe)
+
+
+def test_flipped_bit_is_found_by_verify(capsys, broken_data):
+    shards, _ = broken_data
+    victim = sorted(shards.glob("*.tar"))[0]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    assert victim.name in refused(capsys, "data", "verify", shards)
+
+
+def test_tokenizer_that_did_not_make_the_shards(train, tiny_data, tmp_path):
+    from data_pipeline.tokenizer import train_bpe
+
+    other = tmp_path / "tokenizer.json"
+    other.write_text(train_bpe(["an entirely different text " * 50], 300))
+    message = train(f"data.tokenizer={other}")
+    assert "tokenizer" in message and str(other) in message
+
+
+def test_tokenizer_larger_than_the_model(train):
+    assert "vocab_size" in train("model.vocab_size=128")
+
+
+def test_sizes_of_a_stage_that_clash(train):
+    assert "stages.second.batch" in train("stages.second.batch=6")
+
+
+@pytest.fixture
+def stopped(tiny_recipe, hsa, tmp_path):
+    """A run directory with checkpoints of steps 2 and 4."""
+    run_dir = tmp_path / "stopped"
+    done = hsa("train", tiny_recipe, "max_steps=4", "--run-dir", run_dir)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.mark.slow
+def test_changed_recipe_another_model_and_damaged_checkpoints(stopped, capsys, hsa, tiny_recipe):
+    """One run, misused in several ways; what was there before is there after."""
+    before = losses(stopped)
+
+    message = refused(capsys, "train", tiny_recipe, "optimizer.lr=0.5", "--run-dir", stopped)
+    assert "optimizer.lr" in message and "--allow-change optimizer.lr" in message
+
+    other = ["model.hidden_size=64", "--run-dir", stopped, "--allow-change", "model"]
+    done = hsa("train", tiny_recipe, *other)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "step_00000004" in done.stderr and "(" in done.stderr, done.stderr
+    assert losses(stopped) == before
+
+    newest = stopped / "checkpoints" / "step_00000004"
+    data = next(newest.glob("*.distcp"))
+    os.truncate(data, data.stat().st_size - 100)
+    done = hsa("train", tiny_recipe, "max_steps=5", "--run-dir", stopped)
+    assert done.returncode == 0 and data.name in done.stderr and "resumed at step 2" in done.stdout, (
+        done.stdout + done.stderr
+    )
+    assert losses(stopped)[:4] == before
+
+    for checkpoint in (stopped / "checkpoints").glob("step_*"):
+        next(checkpoint.glob("*.distcp")).unlink()
+    done = hsa("train", tiny_recipe, "max_steps=6", "--run-dir", stopped)
+    assert done.returncode == 2 and "no usable checkpoint" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_trainers_on_one_run_directory(tiny_recipe, hsa, tmp_path):
+    run_dir = tmp_path / "run"
+    first = subprocess.Popen(hsa_command("train", tiny_recipe, "--run-dir", run_dir), env=hsa_environment())
+    try:
+        while not (run_dir / "metrics.jsonl").exists() and first.poll() is None:
+            pass
+        done = hsa("train", tiny_recipe, "--run-dir", run_dir)
+        assert done.returncode == 2 and f"process {first.pid}" in done.stderr
+    finally:
+        first.wait(120)
+    assert first.returncode == 0
+
+
+@pytest.mark.slow
+def test_full_disk(tiny_recipe, hsa, tmp_path):
+    """A real full file system (a small tmpfs, root only): a crash status, one message, the run goes on afterwards."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    mount = tmp_path / "small"
+    mount.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(mount)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+    try:
+        run_dir = mount / "run"
+        done = hsa("train", tiny_recipe, "--run-dir", run_dir)
+        assert done.returncode not in (0, 2, 75), done.stdout + done.stderr
+        assert "disk" in (done.stdout + done.stderr) or os.strerror(errno.ENOSPC) in (done.stdout + done.stderr)
+        left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+        assert all(name == "latest" or name.startswith("step_") for name in left), left
+        subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+        done = hsa("train", tiny_recipe, "--run-dir", run_dir)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(losses(run_dir)) == 12
+        assert json.loads((run_dir / "run.json").read_text())["finished"]
+    finally:
+        subprocess.run(["umount", str(mount)], check=False)
