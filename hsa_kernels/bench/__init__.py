@@ -1,0 +1,1 @@
+"""Benchmarks of the operators against what exists, in one run on one machine: `hsa bench kernels`."""
