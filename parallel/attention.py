@@ -141,7 +141,7 @@ class HierarchicalSparseAttention(MegatronModule):
         length, batch = hidden_states.shape[:2]
         q = self.q_layernorm(self.linear_q(hidden_states)[0].view(length, batch, -1, model.head_dim))
         retrieval = self.linear_retrieval(hidden_states)[0].view(length, batch, model.retrieval_heads, -1)
-        # Scores decide which chunks are read at all, so they are computed in fp32 at least, whatever the run's precision.
+        # Scores decide which chunks are read at all: fp32 at least, whatever the precision of the run.
         wide = torch.promote_types(retrieval.dtype, torch.float32)
         retrieval = self.retrieval_layernorm(retrieval.to(wide))
 

@@ -9,7 +9,7 @@ from parallel.compat import TransformerConfig
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32 at least, returned in the dtype of x.
+    """y = x / sqrt(mean(x^2) + eps) * gain over the last dimension, in fp32 at least, returned in the dtype of x.
 
     Megatron's own fallback refuses sequence parallelism, hence this one: the gain is marked so that its gradient is
     summed over the ranks that each hold a part of the sequence.

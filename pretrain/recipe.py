@@ -156,11 +156,11 @@ def load_recipe(recipe: str, overrides: typing.Sequence[str] = (), *, clashes_ar
     """
     path = find_recipe(recipe)
     try:
-        raw = OmegaConf.to_container(OmegaConf.load(path))
+        raw = plain(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
         raise RecipeError(f"{path}: not a readable YAML recipe: {error}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, this file holds a {type(raw).__name__}")
+    except TypeError:
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, this file holds something else") from None
     preset = (raw.get("model") or {}).get("preset")
     for override in overrides:
         apply_override(raw, override)
@@ -178,8 +178,7 @@ def load_recipe(recipe: str, overrides: typing.Sequence[str] = (), *, clashes_ar
 
 def recipe_from_container(raw: dict[str, Any], *, where: str) -> LoadedRecipe:
     """Typed recipe from a plain container (recipe file or RUN/recipe.yaml); unknown keys, wrong types are errors."""
-    raw = OmegaConf.to_container(OmegaConf.create(raw))
-    assert isinstance(raw, dict)
+    raw = plain(OmegaConf.create(raw))
     refuse_unknown_keys(raw, Recipe, "", where)
     raw["model"] = fill_preset(raw.get("model") or {}, where)
     try:
@@ -197,9 +196,15 @@ def recipe_from_container(raw: dict[str, Any], *, where: str) -> LoadedRecipe:
         raise RecipeError(f"{where}: {key}: {str(error).splitlines()[0]}") from None
     assert isinstance(recipe, Recipe)
     normalise(recipe, where)
-    frozen = OmegaConf.to_container(OmegaConf.structured(recipe))
-    assert isinstance(frozen, dict)
-    return LoadedRecipe(recipe, [], frozen)
+    return LoadedRecipe(recipe, [], plain(OmegaConf.structured(recipe)))
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """An OmegaConf mapping as a plain dict, interpolations as written. TypeError for anything but a mapping."""
+    container = OmegaConf.to_container(config)
+    if not isinstance(container, dict):
+        raise TypeError(type(container).__name__)
+    return {str(key): value for key, value in container.items()}
 
 
 def fill_preset(model: dict[str, Any], where: str) -> dict[str, Any]:
@@ -210,9 +215,7 @@ def fill_preset(model: dict[str, Any], where: str) -> dict[str, Any]:
         raise RecipeError(
             f"{where}: model.preset: no preset {name!r}{nearest(str(name), known)}; there are {', '.join(known)}"
         )
-    preset = OmegaConf.to_container(OmegaConf.load(PRESETS_DIR / f"{name}.yaml"))
-    assert isinstance(preset, dict)
-    return {**preset, **model, "preset": name}
+    return {**plain(OmegaConf.load(PRESETS_DIR / f"{name}.yaml")), **model, "preset": name}
 
 
 def nearest(key: str, known: typing.Iterable[str]) -> str:
