@@ -108,10 +108,10 @@ def attention_error(case: Case, run: Callable[..., Tensor], *, backward: bool) -
     g = torch.Generator().manual_seed(2)
     rows = torch.randint(length, (_SAMPLES,), generator=g).unique().to(case.q.device)
     inputs = case.inputs()
-    exact = [case.q[:, rows], case.k, case.v, case.weights[:, rows]]
-    exact = [x.double().requires_grad_(backward) for x in exact]
+    sampled = (case.q[:, rows], case.k, case.v, case.weights[:, rows])
+    q, k, v, w = exact = tuple(x.double().requires_grad_(backward) for x in sampled)
     with torch.set_grad_enabled(backward):
-        want = reference.hsa_attention(*exact, case.indices[:, rows], chunk_size=case.chunk_size)
+        want = reference.hsa_attention(q, k, v, w, case.indices[:, rows], chunk_size=case.chunk_size)
         got = run(*inputs)
     worst = relative(got[:, rows], want)
     if backward:

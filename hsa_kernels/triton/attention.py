@@ -20,6 +20,10 @@ _UNION_OVERLAP = 2.3
 # In chunk order the overlap is measured once in so many calls.
 _MEASURE_EVERY = 64
 _monitors: defaultdict[tuple[object, ...], OverlapMonitor] = defaultdict(OverlapMonitor)
+# Working set of a segment of queries in the L2 cache: q, do in bfloat16 and dq in fp32, 8 bytes an element.
+_SEGMENT_BYTES = 32 << 20
+# Rows of one work item at most.
+_PART_ROWS = 8192
 # fp32 sums of o or dq that one pass over the queries may hold.
 _PASS_BYTES = 1 << 30
 
@@ -73,12 +77,14 @@ def _union_tiling(q: Tensor, chunk_size: int, backward: bool) -> Tiling:
     return Tiling(64, 4, 2 if backward or chunk_size > 64 else 3)
 
 
-def _chunk_tiling(q: Tensor, chunk_size: int, backward: bool) -> Tiling:
+def _chunk_tiling(q: Tensor, chunk_size: int, backward: bool, with_dq: bool) -> Tiling:
     if q.dtype == torch.float32:
         return Tiling(32, 4, 1)
-    if backward:
-        return Tiling(64 if chunk_size > 64 else 128, 8, 2)
-    return Tiling(128, 8, 2)
+    if chunk_size > 64:
+        return Tiling(64, 8, 1)
+    # Two small programs per multiprocessor hide each other's waits better than one large or deeply pipelined one;
+    # without dq there is shared memory left for a second stage.
+    return Tiling(64, 4, 2 if backward and not with_dq else 1)
 
 
 def forward_union(
@@ -150,12 +156,12 @@ def _launch_chunks(
     heads = k.shape[2]
     ratio, chunks, top_k = heads_q // heads, k.shape[1] // chunk_size, idx.shape[3]
     backward = dk is not None
-    tiling = _chunk_tiling(q, chunk_size, backward)
+    tiling = _chunk_tiling(q, chunk_size, backward, with_dq)
     tile = max(1, tiling.rows // ratio)
-    # q, o, do and dq of one segment stay in the L2 cache; longer for longer inputs, so that bins hold whole tiles.
-    window = 2048 * 16 * 128 // (heads_q * dim)
-    segment = length if parts else max(window, chunks * 16 // top_k)
-    part = 1 << (max(1, 8192 // ratio) - 1).bit_length()
+    # Heads follow each other, so the rows of one key/value head make the working set of a segment; segments are longer
+    # for longer inputs, so that bins hold whole tiles.
+    segment = length if parts else max(_SEGMENT_BYTES // (ratio * dim * 8), chunks * 16 // top_k)
+    part = max(1, _PART_ROWS // ratio)
     if parts:
         part *= 8
     pairs = build_pairs(idx, chunks, segment=segment, part=part, stable=parts)
