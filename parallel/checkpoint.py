@@ -156,7 +156,6 @@ def _sharded_state(chunks: Sequence[nn.Module], optimizer: Optimizer | None, *, 
     for index, chunk in enumerate(chunks):
         state[f"model{index}"] = _module(chunk).sharded_state_dict(metadata=metadata)
     if optimizer is not None:
-        optimizer.init_state()
         models = {name: value for name, value in state.items() if name.startswith("model")}
         state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
     return state
@@ -441,10 +440,7 @@ def load_checkpoint(
         for index, chunk in enumerate(model_chunks):
             _module(chunk).load_state_dict(loaded[f"model{index}"])
         if optimizer is not None:
-            groups = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(loaded["optimizer"])
-            for group, before in zip(optimizer.param_groups, groups, strict=True):
-                group.update({name: value for name, value in before.items() if name not in ("params", "step")})
     if optimizer is not None:
         states = training["random"]
         set_random_states(states[mesh.rank() if len(states) == mesh.world_size() else 0])

@@ -134,9 +134,57 @@ class Optimizer(compat.ChainedOptimizer):
 
     def init_state(self) -> None:
         """Allocate all optimizer state as it is before the first step (zeros); allocated state is left alone."""
-        for optimizer in self.chained_optimizers:
-            if not optimizer.is_stub_optimizer:
-                init_torch_state(optimizer.optimizer)
+        for optimizer in self._active():
+            init_torch_state(optimizer.optimizer)
+
+    def _active(self) -> list[compat.MegatronOptimizer]:
+        return [optimizer for optimizer in self.chained_optimizers if not optimizer.is_stub_optimizer]
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """State tensors under the names of the parameters, and the step; nothing that depends on the layout.
+
+        How many optimizers are chained differs between expert-parallel sizes, and hyperparameters are the recipe's: so
+        Megatron's unsharded state stays in this process, and the step is stored once for all.
+        """
+        self.init_state()
+        self._synchronize_steps()
+        state: dict[str, Any] = {"step": self._step()}
+        for index, optimizer in enumerate(self._active()):
+            part = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+            state[f"part{index}"] = {
+                name: value if name in _SHARDED else compat.LocalNonpersistentObject(value)
+                for name, value in part.items()
+            }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what sharded_state_dict gave and the checkpoint filled."""
+        step = state_dict["step"]
+        for index, optimizer in enumerate(self._active()):
+            part = state_dict[f"part{index}"]
+            if isinstance(optimizer, _NamedState):
+                part["step"] = step
+            else:
+                for group in part["optimizer"]["param_groups"]:
+                    group["step"] = step
+            optimizer.load_state_dict(part)
+
+    def _step(self) -> int:
+        """Number of updates done, from the first AdamW state: torch keeps it by parameter, fused ones by group."""
+        for optimizer in self._active():
+            for group in optimizer.param_groups:
+                if "step" in group and not isinstance(optimizer.optimizer, torch.optim.AdamW):
+                    return int(group["step"])
+                for parameter in group["params"]:
+                    if "step" in optimizer.optimizer.state[parameter]:
+                        return int(optimizer.optimizer.state[parameter]["step"])
+        return 0
+
+
+# The entries of the chained optimizers' states that hold tensors of the checkpoint.
+_SHARDED = ("param_state", "state", "fp32_params")
 
 
 class _NamedState(compat.MegatronOptimizer):
@@ -162,29 +210,23 @@ class _NamedState(compat.MegatronOptimizer):
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Inner state and master copies, allocated if need be."""
-        init_torch_state(self.optimizer)
+        """Inner state and master copies, both by the number of the parameter."""
         inner = self.optimizer.state_dict()
         names = compat.get_param_id_to_sharded_param_map(model_sharded_state_dict, self.model_params)
-        step = self._extract_common_per_param_step(inner)
         compat.optim_state_to_sharding_state(inner, names, exclude_keys=("step",))
-        if step is not None:
-            inner["state"]["common_step"] = step
         masters = {
             index: compat.make_sharded_optimizer_tensor(names[index], master, prefix="optimizer.state.fp32_param")
             for index, master in self._masters().items()
         }
-        return {"optimizer": inner, "fp32_params": masters}
+        return {"state": inner["state"], "fp32_params": masters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what sharded_state_dict gave and the checkpoint filled."""
-        inner = state_dict["optimizer"]
-        if "common_step" in inner["state"]:
-            self._restore_common_per_param_step(inner, inner["state"].pop("common_step"))
-        inner["param_groups"] = self._filter_and_reorder_param_groups(
-            self.optimizer.param_groups, inner["param_groups"]
-        )
-        self.optimizer.load_state_dict(inner)
+        """Take over what sharded_state_dict gave and the checkpoint filled, with the common ``step`` added."""
+        inner = self.optimizer.state_dict()
+        for index, state in state_dict["state"].items():
+            if "step" in inner["state"][index]:
+                state["step"] = torch.tensor(float(state_dict["step"]))
+        self.optimizer.load_state_dict({"state": state_dict["state"], "param_groups": inner["param_groups"]})
         with torch.no_grad():
             for index, master in self._masters().items():
                 master.copy_(state_dict["fp32_params"][index])

@@ -1,6 +1,7 @@
-"""One rank of the checkpoint tests: runs what its JSON argument says and prints the losses as JSON on rank 0.
+"""One rank of the checkpoint tests: runs the jobs of its JSON argument and prints the results as JSON on rank 0.
 
-A job is {"kind": {...}, "load": directory or null, "save_at": step or null, "to": step, "save": directory}.
+A second argument gives parallel sizes as JSON. A job is {"kind": what to train, "to": last step, "load": directory or
+null, "save": directory, "save_at": steps, "full": true for a disk that is full on the last rank}.
 """
 
 import importlib.util
@@ -66,7 +67,7 @@ def fail_on_the_last_rank(job):
 
 
 def main():
-    mesh.initialize(seed=11)
+    mesh.initialize(mesh.ParallelConfig(**json.loads(sys.argv[2])) if len(sys.argv) > 2 else None, seed=11)
     jobs = json.loads(sys.argv[1])
     results = [(fail_on_the_last_rank if job.get("full") else run)(job) for job in jobs]
     if mesh.is_writer():

@@ -26,10 +26,11 @@ class Toy:
         torch.manual_seed(1)
         moe = {}
         if experts:
-            moe = dict(num_moe_experts=experts, moe_router_topk=2, moe_ffn_hidden_size=48,
+            expert_ranks = compat.parallel_state.get_expert_model_parallel_world_size()
+            moe = dict(num_moe_experts=experts, moe_router_topk=2, moe_ffn_hidden_size=48, moe_router_dtype="fp32",
                        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True,
-                       moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather",
-                       moe_router_dtype="fp32")  # fmt: skip
+                       moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall",
+                       expert_model_parallel_size=expert_ranks)  # fmt: skip
         self.config = compat.TransformerConfig(
             num_layers=2, hidden_size=width, num_attention_heads=4, ffn_hidden_size=2 * width, normalization="RMSNorm",
             gated_linear_unit=True, activation_func=torch.nn.functional.silu, bias_activation_fusion=False,
@@ -98,5 +99,5 @@ class Toy:
 
 
 def settings(name: str, **changes) -> OptimizerSettings:
-    """Settings at which twenty steps of the toy learn something."""
+    """Settings at which a few steps change the losses visibly."""
     return OptimizerSettings(name=name, lr=1e-2, muon_lr=1e-2, weight_decay=0.1, **changes)
