@@ -225,6 +225,7 @@ def initialize(
     """
     from parallel import compat
 
+    compat.adopt_modules()
     parallel = parallel or ParallelConfig()
     place = _place()
     check_topology(parallel, place.world_size)
