@@ -241,7 +241,7 @@ class ReplicatedBF16(_NamedState, compat.Float16OptimizerWithFloat16Params):
 
 
 def init_torch_state(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate the state of torch's AdamW or of Muon as it is before the first step; Megatron does so for fused ones."""
+    """Allocate the state of torch's AdamW or of Muon as before the first step; Megatron does so for fused ones."""
     if isinstance(optimizer, Muon):
         optimizer.init_state()
     elif isinstance(optimizer, torch.optim.AdamW):
