@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := data/demo
 RUN := runs/demo
-export MLFLOW_TRACKING_URI :=
 
 .PHONY: demo test test-quick lint env clean
 
@@ -33,6 +32,8 @@ lint: env
 env: $(VENV)/complete
 
 $(VENV)/complete: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) --version`: try make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
