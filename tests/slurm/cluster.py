@@ -26,7 +26,8 @@ import pytest
 
 NODES = ("n1", "n2", "n3", "n4")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+# Not NODE_FAIL: a job with --requeue passes through it on its way back into the queue.
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE"}
 
 SLURM_CONF = """\
 ClusterName=ci
@@ -149,9 +150,8 @@ class SlurmCluster:
     def lose_node(self, node: str) -> None:
         """As a power cut: slurmd and the steps on the node die at once, then the controller is told that it is down."""
         _end(self.root / f"pid/slurmd.{node}.pid", signal.SIGKILL)
-        for process in Path("/proc").iterdir():
-            if process.name.isdigit() and _runs_step_of(process, node):
-                _kill(int(process.name), signal.SIGKILL)
+        for pid in _processes_on(node):
+            _kill(pid, signal.SIGKILL)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def restore_node(self, node: str) -> None:
@@ -213,14 +213,20 @@ def _add_host_names() -> None:
             file.write(f"127.0.0.1 {' '.join(NODES)}\n")
 
 
-def _runs_step_of(process: Path, node: str) -> bool:
-    """Whether a process belongs to a step of `node`: the step daemon itself, or a task (SLURMD_NODENAME)."""
-    try:
-        if (process / "cmdline").read_bytes().startswith(b"slurmstepd:"):
-            return False  # it has no node in its title; it goes with its tasks
-        return f"SLURMD_NODENAME={node}".encode() in (process / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
+def _processes_on(node: str) -> list[int]:
+    """The step daemons of `node` (they first: one that outlives its task reports an ordinary end) and all tasks."""
+    tasks, daemons = [], []
+    for process in Path("/proc").iterdir():
+        try:
+            if f"SLURMD_NODENAME={node}".encode() not in (process / "environ").read_bytes().split(b"\0"):
+                continue
+            tasks.append(int(process.name))
+            parent = Path(f"/proc/{(process / 'stat').read_text().rpartition(')')[2].split()[1]}")
+            if (parent / "cmdline").read_bytes().startswith(b"slurmstepd:"):
+                daemons.append(int(parent.name))
+        except OSError:
+            continue  # no process, or one that has just ended
+    return daemons + tasks
 
 
 def _end(pid_file: Path, number: signal.Signals) -> None:

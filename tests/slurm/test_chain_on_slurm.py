@@ -108,10 +108,10 @@ def test_failed_stage_cancels_the_rest(cluster: SlurmCluster, run_dir: Path) -> 
     assert "training ended with status 3" in log_of(run_dir, jobs[1])
 
 
-def test_lost_node_requeues_on_other_nodes(cluster: SlurmCluster, run_dir: Path) -> None:
+@pytest.mark.parametrize("lost", ["n1", "n2"], ids=["with the script and rank 0", "with rank 1"])
+def test_lost_node_requeues_on_other_nodes(cluster: SlurmCluster, run_dir: Path, lost: str) -> None:
     job, *_ = submit(run_dir, {"stages": {"warmup": 60}})
     cluster.wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(steps(run_dir)) > 5, 30, "some steps")
-    lost = "n2"
     assert cluster.job(job.job_id)["NodeList"] == "n[1-2]"
     cluster.lose_node(lost)
     try:
