@@ -35,9 +35,10 @@ def equal(a: PackedBatch, b: PackedBatch) -> bool:
 
 
 def kill_reader(stream: PrefetchingStream) -> None:
-    while (pid := stream.reader_pid) is None:  # it may just be starting again
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
+    """SIGKILL the reader; when it is dead already (and batches from before are waiting) there is nothing to kill."""
+    pid = stream.reader_pid
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
 
 
 def flip(file: Path, at: int) -> None:
@@ -65,7 +66,7 @@ def test_same_batches_through_kills_and_the_state_is_never_ahead(data: DataConfi
         for step in range(25):
             assert equal(ahead.next_batch(), plain.next_batch())
             assert ahead.state_dict() == plain.state_dict()
-            if step in (3, 4, 11):
+            if step in (3, 4, 8, 11, 16):
                 kill_reader(ahead)
             if step == 7:
                 middle = ahead.state_dict()
