@@ -22,6 +22,7 @@ from pretrain.run_dir import RunDir, check_resume
 from pretrain.signals import StopRequest
 from pretrain.stages import Position, StageController
 
+MAX_SKIPPED_UPDATES = 10
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped cleanly, wants to be started again
 
 
@@ -158,6 +159,7 @@ class Training:
         self.stop = stop
         self._cleanup = contextlib.ExitStack()
         self._prober: Any = None
+        self._skipped = 0  # updates in a row
 
     def __enter__(self) -> Training:
         try:
@@ -323,6 +325,7 @@ class Training:
                 controller.advance()
                 self.lanes = stream.state_dict()
                 self._log(stage, result, rate, time.perf_counter() - started, waited)
+                self._count_skipped(result.updated)
                 metric = self._probe(stage) if controller.probe_due() else None
                 leaving = controller.exit_reason(metric)
                 if leaving is not None:
@@ -431,9 +434,21 @@ class Training:
             "data_wait_seconds": waited,
             **{f"loss/{name}": loss for name, loss in result.domain_losses.items()},
         }
+        if not result.updated:
+            self.console.say(f"step {position.step}: gradient norm {result.grad_norm}, the update was skipped")
         self.metrics.append(record)
         self.console.step(record)
         self.tracker.step_logged()
+
+    def _count_skipped(self, updated: bool) -> None:
+        """A single bad batch is skipped; a run whose gradients stay broken must not burn its nodes."""
+        self._skipped = 0 if updated else self._skipped + 1
+        if self._skipped >= MAX_SKIPPED_UPDATES:
+            raise FloatingPointError(
+                f"gradients were not finite in {self._skipped} steps in a row, the last at step "
+                f"{self.controller.position.step}: lower optimizer.lr, or go on from an earlier checkpoint "
+                f"(remove the newest ones from {self.run_dir.checkpoints})"
+            )
 
     def _probe(self, stage: StageConfig) -> float:
         """Measure the stage's exit metric; the writer's value counts on every rank."""

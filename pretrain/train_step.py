@@ -28,13 +28,15 @@ class StepResult:
     """What one step says of itself, over all ranks.
 
     loss: the objective, nats per weighted token. domain_losses: plain mean nll per domain name, for domains that had
-    tokens. stop: number of ranks that want to stop.
+    tokens. stop: number of ranks that want to stop. updated: False when the gradient norm was not finite and the
+    weights stayed as they were.
     """
 
     loss: float
     grad_norm: float
     domain_losses: dict[str, float]
     stop: int
+    updated: bool
 
 
 class TrainStep:
@@ -68,11 +70,11 @@ class TrainStep:
             micro_batch_size=micro_batch,
             forward_only=False,
         )
-        _ok, grad_norm, _zeros = self.optimizer.step()
+        updated, grad_norm, _zeros = self.optimizer.step()
         sums = self._sums.tolist()
         domain = sums[3:]
         losses = {name: domain[2 * i] / domain[2 * i + 1] for i, name in enumerate(self.domains) if domain[2 * i + 1]}
-        return StepResult(sums[0] / max(sums[1], 1e-9), float(grad_norm), losses, round(sums[2]))
+        return StepResult(sums[0] / max(sums[1], 1e-9), float(grad_norm), losses, round(sums[2]), updated)
 
     def _micro_batches(self, batch: PackedBatch, size: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, batch.tokens.shape[0], size):

@@ -162,3 +162,11 @@ def test_until_stage_stops_after_that_stage(tiny_recipe, hsa, tmp_path):
     assert len(losses(run_dir)) == 7
     again = hsa("train", tiny_recipe, "--run-dir", run_dir, "--until-stage", "first")
     assert again.returncode == 0 and "nothing left" in again.stdout
+
+
+def test_gradients_that_stay_broken_end_the_run(tiny_recipe, hsa, tmp_path):
+    """A loss scale beyond fp32's range: every update is skipped and said so, the run stops by itself as a crash."""
+    run_dir = tmp_path / "run"
+    done = hsa("train", tiny_recipe, "data.synthetic.text_weight=1e38", "--run-dir", run_dir)
+    assert done.returncode not in (0, 2, 75)
+    assert done.stdout.count("the update was skipped") == 10 and "not finite in 10 steps" in done.stderr
