@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipeline.tokenizer import load_tokenizer
+from pretrain.evaluation.commands import task_options
 from pretrain.evaluation.heldout import load_held_out
 from pretrain.evaluation.niah import needle_accuracy
 from pretrain.inference import InferenceEngine
@@ -26,7 +27,6 @@ class Probe:
 
         The questions depend on the recipe's seed only, so a curve over training compares like with like.
         """
-        synthetic = self.recipe.data.synthetic
         tally = needle_accuracy(
             InferenceEngine(self.model, window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k),
             self.tokenizer,
@@ -35,6 +35,7 @@ class Probe:
             samples=samples,
             seed=self.recipe.seed,
             chunk_size=self.recipe.model.chunk_size,
-            options={"digits": synthetic.digits, "keys": synthetic.keys, "queries": synthetic.queries},
+            templates=self.recipe.data.synthetic.templates,
+            options=task_options(self.recipe.data),
         )
         return tally.accuracy, {"accuracy": tally.accuracy, "samples": tally.n}

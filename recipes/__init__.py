@@ -1,4 +1,4 @@
-"""Runs (`*.yaml`) and model presets (`presets/*.yaml`), shipped inside the package so that a name is enough: `hsa train demo`."""
+"""Runs (`*.yaml`) and model presets (`presets/*.yaml`), shipped inside the package so that a name is enough."""
 
 from pathlib import Path
 
