@@ -9,15 +9,17 @@ RUN := runs/demo
 
 demo: $(DATA)/shards/manifest.json
 	$(BIN)/hsa train demo --run-dir $(RUN)
-	$(BIN)/hsa eval niah $(RUN) --lengths 1x,4x,16x,64x
+	$(BIN)/hsa eval niah $(RUN) --lengths 1x --distance 8w --samples 100 --name niah-8-windows
+	$(BIN)/hsa eval niah $(RUN) --lengths 1x,4x,16x,64x --samples 8
 	$(BIN)/hsa eval ppl $(RUN)
 	$(BIN)/hsa status $(RUN)
+	@echo "pictures: $(RUN)/eval/*.png    curves: $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
 
 $(DATA)/text/manifest.json: | env
 	$(BIN)/python -m data_pipeline.fetch_texts --out $(DATA)/text --cache data/cache
 
 $(DATA)/shards/manifest.json: $(DATA)/text/manifest.json
-	$(BIN)/hsa data tokenize $(DATA)/text --out $(DATA)/shards --tokenizer bpe:1024
+	$(BIN)/hsa data tokenize $(DATA)/text --out $(DATA)/shards --tokenizer bpe:1024 --bpe-mb 8 --shard-mb 8
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not distributed and not slurm"
