@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 DATA := data/demo
 RUN := runs/demo
 
-.PHONY: demo test test-quick lint env clean
+.PHONY: demo test lint env clean
 
-demo: $(DATA)/shards/manifest.json
+demo: env $(DATA)/shards/manifest.json
 	$(BIN)/hsa train demo --run-dir $(RUN)
 	$(BIN)/hsa eval niah $(RUN) --lengths 1x --distance 8w --samples 100 --name niah-8-windows
 	$(BIN)/hsa eval niah $(RUN) --lengths 1x,4x,16x,64x --samples 8
