@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.mesh import check_topology, launched_rank, launched_world_size, resolve_device
+from parallel.optional import describe
 from pretrain.errors import RecipeError
 from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_batch, load_recipe
 from pretrain.run_dir import RunDir, check_resume
@@ -236,6 +237,8 @@ class Training:
             f"{recipe.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f}M parameters on this rank, "
             f"{mesh.world_size()} rank(s), {self.device}, {recipe.precision}; run directory {self.run_dir.path}"
         )
+        for line in describe():
+            self.console.say(line)
         if restarts:
             self.console.say(
                 f"resumed at step {position.step} ({position.tokens:,} tokens), start number {restarts + 1}"

@@ -1,0 +1,46 @@
+"""The same command on a GPU: losses follow those of the CPU, and a resumed run those of the unbroken one."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+
+from tests.conftest import hsa_command, hsa_environment, losses
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def train(recipe, run_dir, *overrides, cpu=False):
+    environment = hsa_environment()
+    if cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        hsa_command("train", recipe, *overrides, "--run-dir", run_dir),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("cuda" in done.stdout) is not cpu
+    return losses(run_dir)
+
+
+def test_gpu_losses_follow_the_cpu(tiny_recipe, tmp_path):
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    on_gpu, on_cpu = train(tiny_recipe, tmp_path / "gpu"), train(tiny_recipe, tmp_path / "cpu", cpu=True)
+    assert len(on_gpu) == len(on_cpu) == 12
+    for (_, _, loss, norm), (_, _, expected, expected_norm) in zip(on_gpu, on_cpu, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+        assert norm == pytest.approx(expected_norm, rel=1e-2)
+
+
+def test_deterministic_gpu_run_resumes_bit_for_bit(tiny_recipe, tmp_path):
+    whole = train(tiny_recipe, tmp_path / "whole", "deterministic=true")
+    train(tiny_recipe, tmp_path / "parts", "deterministic=true", "max_steps=5")
+    assert train(tiny_recipe, tmp_path / "parts", "deterministic=true") == whole
