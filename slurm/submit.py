@@ -244,7 +244,10 @@ def _sbatch(job: StageJob, after: str | None) -> int:
     first = done.stdout.strip().split(";")[0]
     if done.returncode or not first.isdigit():
         said = " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
-        raise SlurmError(f'sbatch refused stage "{job.stage}" of {job.run}: {said}; mend the recipe\'s slurm section')
+        raise SlurmError(
+            f'sbatch refused stage "{job.stage}" of {job.run}: {said}; see to the recipe\'s slurm section, or to what '
+            "keeps this host from the cluster"
+        )
     return int(first)
 
 

@@ -118,7 +118,7 @@ def test_refusal_keeps_what_was_there_before(folder: Path, capsys: pytest.Captur
     script.parent.mkdir(parents=True)
     script.write_text("the script of an earlier chain")
     assert main(["submit", "8b-a1b", "--run-dir", "run"]) == 2
-    assert "status 1; mend the recipe's slurm section; nothing was submitted" in capsys.readouterr().err
+    assert "keeps this host from the cluster; nothing was submitted" in capsys.readouterr().err
     assert [path.name for path in script.parent.iterdir()] == ["01-warmup.sbatch"]
     assert script.read_text() == "the script of an earlier chain"
 
