@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-TASKS = ("niah_single", "niah_multikey", "niah_multiquery", "variable_tracking", "copy")
+TASKS = ("niah_single", "niah_multikey", "niah_multiquery", "variable_tracking", "copy", "frequent_words")
 """Synthetic tasks in the order of their domain ids (which follow the ids of the mix's domains)."""
 
 

@@ -1,5 +1,5 @@
 """Synthetic long-context samples: needles in a haystack (RULER's S-NIAH, MK-NIAH, MQ-NIAH), variable tracking,
-self-copy.
+self-copy, frequent words.
 
 Every sample is ``[haystack with needles][question][answer][eos]``, exactly ``length`` tokens, and the answer comes
 last, so that training weighs it and evaluation generates it from ``tokens[:prompt_length]``. Training and evaluation
@@ -19,6 +19,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.words import QUALITIES, WORDS
 
+_LAST = 0.1  # share of free samples whose needle stands directly before the question: text hardly ever asks there
 _SNAP = 48  # a needle moves by at most this many tokens to follow the end of a sentence
 
 
@@ -71,8 +72,11 @@ _VARIABLES = {  # first assignment, assignment of another variable, question
         ),
     ),
 }
-
-
+_FREQUENT = {
+    "train": " The three most frequent words are",
+    "eval": " What are the three most frequently appeared words in the above text? The three words are:",
+}
+_FREQUENT["plain"] = _FREQUENT["train"]
 _NUMBERS["plain"] = _NUMBERS["train"][:1]
 _VARIABLES["plain"] = _VARIABLES["train"][:1]
 
@@ -148,8 +152,10 @@ def build_sample(
 
     task: one of :data:`data_pipeline.config.TASKS`. rng: the only source of chance. haystack: ``n -> n`` tokens of
     text; called exactly once (not at all for a copy of random tokens), so a stream behind it loses nothing. depth: 0
-    (start) to 1 (end) places the asked needle; None draws it; further needles and distractors are drawn anywhere, the
-    assignments of ``variable_tracking`` are spread evenly from ``depth``. chunk_size: ``length`` must be a multiple
+    (start) to 1 (directly before the question) places the asked needle; None draws it, in one sample of ten directly
+    before the question; further needles and distractors are drawn anywhere, the assignments of ``variable_tracking``
+    are spread evenly from ``depth`` (None: anywhere in order, in one sample of ten the last one directly before the
+    question); ``frequent_words`` has no depth. chunk_size: ``length`` must be a multiple
     of it. templates: "train" or "eval". keys, queries, hops, copy_random: see
     :class:`~data_pipeline.config.SyntheticConfig`.
 
@@ -168,6 +174,8 @@ def build_sample(
         raise DataError(f"depth must be between 0 and 1, not {depth}")
     if task == "copy":
         return _copy(rng, tokenizer, haystack, length, copy_random)
+    if task == "frequent_words":
+        return _frequent(rng, tokenizer, haystack, length, templates)
     if task == "variable_tracking":
         needles, question, answer = _variables(rng, templates, digits, hops)
     else:
@@ -190,12 +198,16 @@ def build_sample(
     if task == "variable_tracking":
         if depth is None:
             depths = np.sort(rng.random(len(pieces)))
+            if rng.random() < _LAST:
+                depths[-1] = 1.0
         else:
             depths = depth + (1.0 - depth) * np.arange(len(pieces)) / len(pieces)
     else:
         depths = rng.random(len(pieces))
         if depth is not None:
             depths[0] = depth
+        elif rng.random() < _LAST:
+            depths[0] = 1.0
     tokens = np.concatenate([*_spread(text, pieces, depths, tokenizer.sentence_ends), tail])
     mask = np.zeros(length, dtype=bool)
     mask[length - answer_length :] = True
@@ -260,7 +272,7 @@ def _spread(text: np.ndarray, pieces: list[np.ndarray], depths: np.ndarray, ends
                 cuts[i] = near[np.argmin(np.abs(near - cut))]
     parts: list[np.ndarray] = []
     position = 0
-    for i in np.argsort(cuts, kind="stable"):
+    for i in np.lexsort((depths >= 1.0, cuts)):  # stable; a needle at the end is behind what only moved there
         parts += [text[position : cuts[i]], pieces[i]]
         position = int(cuts[i])
     return [*parts, text[position:]]
@@ -284,3 +296,45 @@ def _copy(
     text = np.zeros(length, dtype=bool)
     text[:n] = not random
     return SyntheticSample(tokens, mask, text, n + len(cue), "copy", tokenizer)
+
+
+def _frequent(
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    haystack: Callable[[int], np.ndarray],
+    length: int,
+    templates: str,
+) -> SyntheticSample:
+    """A list of words in random order (RULER's frequent words): 24, 16 and 10 % of it are the three words asked for,
+    every other word is rarer. Text fills what the list leaves of ``length``, at the start."""
+    words = random_word(rng, 3 + 40)
+    answer_ids = tokenizer.encode_words(" " + ", ".join(words[:3]))
+    tail = np.concatenate([tokenizer.encode_words(_FREQUENT[templates]), answer_ids, [tokenizer.eos_id]])
+    pieces = [tokenizer.encode_words(" " + word) for word in words]
+    sizes = np.array([len(piece) for piece in pieces])
+    room = length - len(tail)
+
+    def counts(n: int) -> np.ndarray:
+        often = np.array([round(0.24 * n), round(0.16 * n), round(0.10 * n)])
+        rest, others = n - int(often.sum()), len(words) - 3
+        return np.concatenate([often, rest // others + (np.arange(others) < rest % others)])
+
+    n = max(0, int(room / sizes.min()))
+    while n > 0 and int(counts(n) @ sizes) > room:
+        n -= max(1, (int(counts(n) @ sizes) - room) // int(sizes.max()))
+    if n < 20:  # fewer words do not have three different frequencies above all others
+        needed = len(tail) + int(counts(20) @ sizes)
+        raise SampleTooShort(
+            f"frequent_words needs at least {needed} tokens and the sample has {length}; use a longer context or leave "
+            "the task out"
+        )
+    order = rng.permutation(np.repeat(np.arange(len(words)), counts(n)))
+    listed = np.concatenate([pieces[i] for i in order])
+    text = np.asarray(haystack(room - len(listed)), dtype=np.int32)
+    tokens = np.concatenate([text, listed, tail]).astype(np.int32)
+    prompt = length - len(answer_ids) - 1
+    mask = np.zeros(length, dtype=bool)
+    mask[prompt:] = True
+    predictable = np.zeros(length, dtype=bool)
+    predictable[: len(text)] = True
+    return SyntheticSample(tokens, mask, predictable, prompt, "frequent_words", tokenizer)

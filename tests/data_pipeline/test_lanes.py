@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from data_pipeline.config import TASKS, DataConfig, MixEntry, SyntheticConfig
+from data_pipeline.config import DEFAULT_TASKS, TASKS, DataConfig, MixEntry, SyntheticConfig
 from data_pipeline.errors import DataError
 from data_pipeline.lanes import BatchStream, open_stream
 from data_pipeline.permutation import permute, seed_key
@@ -220,7 +220,7 @@ def test_stage_changes_fields_and_recipes_are_omegaconf(data: DataConfig) -> Non
     assert stream._tasks == ["copy"] and stream.synthetic.rate == 0.5 and stream.synthetic.digits == 6
     stream = open_(recipe, synthetic={"tasks": {"niah_single": 2.0}})
     assert stream._tasks == ["niah_single"] and stream.synthetic.rate == 1.0
-    assert open_(data, synthetic={"rate": 1.0})._tasks == list(TASKS)
+    assert open_(data, synthetic={"rate": 1.0})._tasks == list(DEFAULT_TASKS)
     pickle.dumps(stream)
 
 

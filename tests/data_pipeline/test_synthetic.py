@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data_pipeline.config import TASKS
 from data_pipeline.errors import DataError
 from data_pipeline.synthetic import SampleTooShort, answer_text, build_sample, random_number, random_word, score
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from data_pipeline.words import QUALITIES, WORDS
 
 LENGTH = 512
@@ -102,13 +105,63 @@ def test_depth_places_the_needle(tokenizer: Tokenizer) -> None:
         assert found[0] < 0.03 and abs(found[2] - 0.5) < 0.08 and found[4] > 0.85
 
 
+@pytest.mark.parametrize("task", ["niah_single", "niah_multikey", "variable_tracking"])
+def test_one_free_sample_of_ten_asks_for_what_was_said_last(tokenizer: Tokenizer, task: str) -> None:
+    """Random depths alone would put a needle directly before the question about once in ``length`` samples."""
+    samples, last = 300, 0
+    for seed in range(samples):
+        rng = np.random.default_rng(seed)
+        sample = build_sample(task, rng, tokenizer, Text(tokenizer), LENGTH, templates="plain")
+        prompt = tokenizer.decode(sample.tokens[: sample.prompt_length])
+        said = sample.answer.split(", ")[-1] if task == "variable_tracking" else sample.answer
+        before = prompt[: prompt.rindex(" The ")].rstrip()  # up to the question
+        last += before.endswith(f"is {said}.") or (f" Let {said} = " in before[-40:] and before.endswith("."))
+    assert 0.05 * samples < last < 0.2 * samples
+    sample = build_sample(
+        "niah_multikey", np.random.default_rng(1), tokenizer, Text(tokenizer), 120, depth=1.0, templates="plain"
+    )
+    prompt = tokenizer.decode(sample.tokens[: sample.prompt_length])
+    assert prompt[: prompt.rindex(" The ")].endswith(f" is {sample.answer}.")  # also where other needles are crowded
+
+
+def test_frequent_words(tokenizer: Tokenizer) -> None:
+    """The answer lists the three most frequent words in order; the list fills the sample but for a few tokens."""
+    for seed in range(20):
+        sample = build_sample(
+            "frequent_words", np.random.default_rng(seed), tokenizer, Text(tokenizer), LENGTH, templates="plain"
+        )
+        prompt = tokenizer.decode(sample.tokens[: sample.prompt_length])
+        counted = Counter(word for word in prompt.rpartition(" The three")[0].split() if word in WORDS)
+        del counted["river"], counted["sea"]  # the haystack's own
+        (a, n), (b, m), (c, k), (_, others) = counted.most_common(4)
+        assert [a, b, c] == [word for word in sample.answer.split(", ")] and n > m > k > others
+        assert sample.text_mask.sum() < 40
+    with pytest.raises(SampleTooShort, match="frequent_words needs at least"):
+        build_sample("frequent_words", np.random.default_rng(0), tokenizer, Text(tokenizer), 48)
+
+
+def test_small_samples_of_a_small_vocabulary(corpus: Path) -> None:
+    """A 1,024-entry BPE and 64 tokens hold every wording of one needle, and a copy: the demo's warm-up needs it."""
+    words = " ".join(WORDS) + 30 * " magic number Remember that the code of Note Which What is the special numbers for "
+    small = corpus.parent / "bpe1024.json"
+    small.write_text(train_bpe([(corpus / "news.txt").read_text(), words], 1024), encoding="utf-8")
+    tokenizer = load_tokenizer(small)
+    assert tokenizer.vocab_size == 1024
+    for task in ("niah_single", "copy"):
+        for templates in ("train", "plain", "eval"):
+            for seed in range(50):
+                rng = np.random.default_rng(seed)
+                build_sample(task, rng, tokenizer, Text(tokenizer), 64, chunk_size=8, templates=templates)
+
+
 def test_needles_follow_sentences(tokenizer: Tokenizer) -> None:
     for seed in range(10):
         sample = build_sample(
             "niah_single", np.random.default_rng(seed), tokenizer, Text(tokenizer), LENGTH, templates="plain"
         )
-        before = tokenizer.decode(sample.tokens).split(" The magic number")[0]
-        assert before == "" or before.endswith(".") or "sea" not in before
+        before, needle, _ = tokenizer.decode(sample.tokens).split(" The magic number")
+        asked_at_once = " The" not in needle  # then it stands where the text ends, wherever that is
+        assert before == "" or before.endswith(".") or "sea" not in before or asked_at_once
 
 
 def test_copy(tokenizer: Tokenizer) -> None:
