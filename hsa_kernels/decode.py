@@ -9,16 +9,22 @@ import triton
 from torch import Tensor
 
 from hsa_kernels.triton import decode_kernels as kernels
+from hsa_kernels.triton import interpreter
+from hsa_kernels.triton.attention import precision
 
 _CAPACITY = 512
 _GROUP = 64
 
 
-def supports(q: Tensor, k: Tensor, q_select: Tensor, top_k: int) -> str | None:
+def supports(q: Tensor, k: Tensor, v: Tensor, q_select: Tensor, top_k: int, chunk_size: int) -> str | None:
     """None when the kernels take this case, else the reason why not."""
     for name, size in (("head size", q.shape[-1]), ("retrieval size", q_select.shape[-1])):
         if size < 16 or size & (size - 1):
             return f"{name} {size} (a power of two from 16 on)"
+    if chunk_size < 16 or chunk_size & (chunk_size - 1):
+        return f"chunk size {chunk_size} (a power of two from 16 on)"
+    if not q.dtype == k.dtype == v.dtype or (q.dtype == torch.bfloat16 and interpreter.enabled()):
+        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} of q, k, v (all the same; bfloat16 on a GPU only)"
     if top_k > 256:
         return f"top_k {top_k} (1 to 256)"
     if q.dtype == torch.float64 or k.dtype == torch.float64:
@@ -49,7 +55,7 @@ def decode(
     while triton.cdiv(capacity, group) > 8192:
         group *= 2
     groups = triton.cdiv(capacity, group)
-    block = max(128, group)
+    block = group
     ratio = heads_q // heads
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -77,7 +83,8 @@ def decode(
     )  # fmt: skip
     kernels.attend_kernel[(padded, batch * heads)](
         q, k, v, ids, weights, parts, scale, *q.stride(), *k.stride(), *v.stride(),
-        HEADS=heads, SELECT_HEADS=heads_r, R=ratio, S=chunk_size, D=dim, KP=padded,
+        HEADS=heads, SELECT_HEADS=heads_r, R=ratio, RP=max(16, triton.next_power_of_2(ratio)),
+        S=chunk_size, D=dim, KP=padded, PRECISION=precision(q.dtype),
     )  # fmt: skip
     kernels.gather_parts_kernel[(ratio, batch * heads)](parts, out, R=ratio, D=dim, KP=padded)
     return out

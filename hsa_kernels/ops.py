@@ -6,7 +6,6 @@ what they do not support. "auto": the kernels on CUDA where they support the cas
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -21,18 +20,17 @@ __all__ = ["hsa_attention", "hsa_decode", "select_chunks", "selection_weights", 
 BACKENDS = ("auto", "reference", "triton")
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Looked up once: torch.compile traces through the dispatch.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _use_kernels(backend: str, name: str, device_type: str, reason: Callable[[], str | None]) -> bool:
     """Whether the kernels run this call. reason() tells why they can't take it, None if they can."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
-    if backend == "reference" or (backend == "auto" and (device_type != "cuda" or not _has_triton())):
+    if backend == "reference" or (backend == "auto" and (device_type != "cuda" or not _HAS_TRITON)):
         return False
-    if not _has_triton():
+    if not _HAS_TRITON:
         raise ValueError(f"{name}: backend 'triton' needs the triton package")
     from hsa_kernels.triton import interpreter
 
@@ -139,7 +137,7 @@ def hsa_decode(
 
         if softmax_scale is not None and softmax_scale < 0:
             return f"softmax_scale {softmax_scale} (0 or more)"
-        return decode.supports(q, k, q_select, top_k)
+        return decode.supports(q, k, v, q_select, top_k, chunk_size)
 
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if _use_kernels(backend, "hsa_decode", q.device.type, reason):

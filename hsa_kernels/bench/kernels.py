@@ -17,8 +17,9 @@ from torch import Tensor
 from hsa_kernels import hsa_attention, hsa_decode, reference, select_chunks, sliding_window_attention
 from hsa_kernels.bench import cases
 from hsa_kernels.bench.cases import Case, make_case, measure, peak_gigabytes
+from hsa_kernels.triton import attention
 
-SECTIONS = ("curve", "long", "ratios", "selection", "million", "decode", "adversarial")
+SECTIONS = ("long", "ratios", "selection", "decode", "million", "adversarial", "curve", "window")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Report:
     """Rows of the benchmark, printed as they come."""
 
-    def __init__(self, ceiling: float) -> None:
-        self.ceiling = ceiling  # TFLOP/s of a large bf16 matrix product in this run
+    def __init__(self, machine: dict[str, Any], json_path: str | None) -> None:
+        self.machine = machine
+        self.ceiling: float = machine["matmul_tflops"]  # of a large bf16 matrix product in this run
         self.rows: list[dict[str, Any]] = []
+        self._json = json_path
 
     def add(
         self,
@@ -72,6 +75,8 @@ class Report:
                     text += f"  {row['tflops']:6.0f} TFLOP/s ({row['ceiling_fraction']:.0%} of a matrix product)"
                 print(text + (f"  error {error:.1e}" if error is not None else ""), flush=True)
         self.rows.append(row)
+        if self._json:  # after every row: a crash later loses nothing
+            Path(self._json).write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
         return row.get("ms")
 
 
@@ -99,6 +104,7 @@ def _theirs(case: Case, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _attention_rows(
     report: Report, section: str, label: str, case: Case, run: Callable[..., Tensor], *, check: bool, **facts: Any
 ) -> None:
+    attention.forget_overlap()  # the case before may have chosen another loop order
     inputs = case.inputs()
     error = cases.attention_error(case, run, backward=True) if check else None
 
@@ -126,17 +132,23 @@ def _curve(report: Report, lengths: list[int], authors: Callable[..., Tensor] | 
         with torch.no_grad():
             report.add("curve", f"cudnn causal {length} forward", forward, method="cudnn", **facts)
         report.add("curve", f"cudnn causal {length} forward+backward", both, method="cudnn", repeats=5, **facts)
+
+
+def _window(report: Report, lengths: list[int]) -> None:
+    for length in lengths:
+        case = make_case(length, 16, 1, kind="overlap")
         q, k, v = case.inputs()[:3]
 
         def window(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             return sliding_window_attention(q, k, v, window=4096)
 
-        def window_both(q: Tensor = q, k: Tensor = k, v: Tensor = v, g: Tensor = case.cotangent) -> object:
-            return torch.autograd.grad(window(q, k, v), (q, k, v), g)
+        def both(q: Tensor = q, k: Tensor = k, v: Tensor = v, g: Tensor = case.cotangent) -> object:
+            return torch.autograd.grad(sliding_window_attention(q, k, v, window=4096), (q, k, v), g)
 
+        facts = {"length": length, "heads": "16/1", "method": "window"}
         with torch.no_grad():
-            report.add("curve", f"window 4096 {length} forward", window, method="window", **facts)
-        report.add("curve", f"window 4096 {length} forward+backward", window_both, method="window", **facts)
+            report.add("window", f"window 4096 {length} forward", window, **facts)
+        report.add("window", f"window 4096 {length} forward+backward", both, **facts)
 
 
 def _long(report: Report, authors: Callable[..., Tensor] | None) -> None:
@@ -250,8 +262,8 @@ def _plot(report: Report, path: str) -> None:
     for axis, what in zip(axes, ("forward", "forward+backward"), strict=True):
         for method, label in (("hsa", "HSA, K 64"), ("authors", "authors' kernel"), ("cudnn", "cuDNN causal"),
                               ("window", "window 4096")):  # fmt: skip
-            rows = [r for r in report.rows if r["section"] == "curve" and r.get("method") == method and "ms" in r]
-            rows = [r for r in rows if r["name"].endswith(f" {what}")]
+            rows = [r for r in report.rows if r["section"] in ("curve", "window") and r.get("method") == method]
+            rows = sorted((r for r in rows if r["name"].endswith(f" {what}") and "ms" in r), key=lambda r: r["length"])
             if rows:
                 axis.plot([r["length"] for r in rows], [r["ms"] for r in rows], marker="o", label=label)
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=what)
@@ -274,17 +286,18 @@ def main(args: argparse.Namespace) -> int:
         except FileNotFoundError as problem:
             print(f"hsa: error: {problem}", file=sys.stderr)
             return 2
-    report = Report(_matmul_ceiling())
     machine = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "matmul_tflops": report.ceiling,
+        "matmul_tflops": _matmul_ceiling(),
     }
+    report = Report(machine, args.json)
     print(f"{machine['device']}, torch {machine['torch']}, bf16 matrix product {report.ceiling:.0f} TFLOP/s")
     sections: dict[str, Callable[[], None]] = {
         "curve": lambda: _curve(report, args.lengths, authors),
+        "window": lambda: _window(report, args.lengths),
         "long": lambda: _long(report, authors),
         "ratios": lambda: _ratios(report),
         "adversarial": lambda: _adversarial(report),
@@ -295,8 +308,6 @@ def main(args: argparse.Namespace) -> int:
     for name in args.only:
         sections[name]()
         torch.cuda.empty_cache()
-        if args.json:  # after every section: a crash later loses nothing
-            Path(args.json).write_text(json.dumps({"machine": machine, "rows": report.rows}, indent=1) + "\n")
     if args.plot:
         _plot(report, args.plot)
     refused = [r for r in report.rows if "refused" in r]

@@ -16,7 +16,10 @@ from hsa_kernels.triton.overlap import OverlapMonitor
 # Union order needs enough query heads per key/value head, and neighbours that share chunks: above this many union
 # entries per chosen chunk the chunk order is faster (17.8 ms x overlap / 1.57 against 26 ms, H100, 128K tokens, 16/1).
 _UNION_RATIO = 8
+FOLD = {False: False, True: True}
 _UNION_OVERLAP = 2.3
+# The same for dq in union order; dk and dv take the chunk order always.
+_TWO_PASS_OVERLAP = 1.65
 # In chunk order the overlap is measured once in so many calls.
 _MEASURE_EVERY = 64
 _monitors: defaultdict[tuple[object, ...], OverlapMonitor] = defaultdict(OverlapMonitor)
@@ -74,7 +77,9 @@ def precision(dtype: torch.dtype) -> str:
 def _union_tiling(q: Tensor, chunk_size: int, backward: bool) -> Tiling:
     if q.dtype == torch.float32:
         return Tiling(64, 4, 1)
-    return Tiling(64, 4, 2 if backward or chunk_size > 64 else 3)
+    # Chunk ids are loads in front of loads: only from 5 stages on are keys and values fetched a whole entry ahead,
+    # in three buffers. Two programs per multiprocessor still fit in forward, not in backward.
+    return Tiling(64, 4, 5 if not backward and chunk_size * q.shape[-1] <= 8192 else 2)
 
 
 def _chunk_tiling(q: Tensor, chunk_size: int, backward: bool, with_dq: bool) -> Tiling:
@@ -129,7 +134,7 @@ def _launch_union(
         q, k, v, w, grad, out, dw, union.chunks, union.slots, union.count, scale, length,
         *q.stride(), *k.stride(), *v.stride(), *w.stride(), *grad.stride(), *out.stride(), *dw.stride(),
         HEADS=heads, R=ratio, T=union.tile, TOPK=idx.shape[3], S=chunk_size, D=dim, BACKWARD=backward,
-        PRECISION=precision(q.dtype), num_warps=tiling.warps, num_stages=tiling.stages,
+        PRECISION=precision(q.dtype), FOLD=FOLD[backward], num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return union.count
 
@@ -207,6 +212,11 @@ def forward_chunks(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chun
     return out
 
 
+def forget_overlap() -> None:
+    """Forget all measured overlaps: the next call of every shape starts in union order."""
+    _monitors.clear()
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_size: int, scale: float) -> Tensor:
     """o by the loop order that suits the head ratio and the overlap of selections; rule in docs/kernels.md."""
     args = (q, k, v, w, idx, chunk_size, scale)
@@ -227,12 +237,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_size:
 def backward(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, grad: Tensor, chunk_size: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dw by the loop order that suits the head ratio."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    # fp32 tiles of one pass do not fit the shared memory.
-    one_pass = not deterministic and q.dtype != torch.float32
-    form = {"one_pass": one_pass, "deterministic": deterministic}
-    return backward_form(q, k, v, w, idx, grad, chunk_size, scale, **form)
+    """dq, dk, dv, dw by the loop order that suits the head ratio and the overlap of selections."""
+    args = (q, k, v, w, idx, grad, chunk_size, scale)
+    if torch.are_deterministic_algorithms_enabled():
+        return backward_form(*args, one_pass=False, deterministic=True)
+    if q.dtype == torch.float32:  # tiles of one pass do not fit the shared memory
+        return backward_form(*args, one_pass=False, deterministic=False)
+    ratio = q.shape[2] // k.shape[2]
+    overlap = _monitors[(q.device, ratio, idx.shape[3], idx.shape[1])].read() if ratio >= _UNION_RATIO else None
+    one_pass = overlap is None or overlap > _TWO_PASS_OVERLAP
+    return backward_form(*args, one_pass=one_pass, deterministic=False)
 
 
 def backward_form(

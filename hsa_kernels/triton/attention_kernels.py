@@ -16,16 +16,25 @@ import triton.language as tl
 
 
 @triton.jit
-def _softmax(s, to_log2):
+def _softmax(s, to_log2, FOLD: tl.constexpr = True):
     """Rows of exp(scale * (s - max)) and their sums; to_log2 = scale / ln 2 >= 0, folded into one multiply-add."""
-    p = tl.exp2(s * to_log2 - (tl.max(s, 1) * to_log2)[:, None])
+    if FOLD:
+        p = tl.exp2(s * to_log2 - (tl.max(s, 1) * to_log2)[:, None])
+    else:
+        s = s * to_log2
+        p = tl.exp2(s - tl.max(s, 1)[:, None])
     return p, tl.sum(p, 1)
 
 
 @triton.jit
-def _union_weights(W, SLOTS, entry, count, token, inside, T: tl.constexpr, stride_wk):
-    """Weight of every row for one union entry; 0 where the row's token did not choose it."""
-    slot = tl.load(SLOTS + entry * T + token, mask=inside & (entry < count), other=-1).to(tl.int32)
+def _union_slots(SLOTS, entry, count, token, inside, T: tl.constexpr):
+    """Column of every row's token for one union entry, -1 where it did not choose it."""
+    return tl.load(SLOTS + entry * T + token, mask=inside & (entry < count), other=-1).to(tl.int32)
+
+
+@triton.jit
+def _union_weights(W, slot, stride_wk):
+    """Weight of every row for one union entry, 0 where the row's token did not choose it."""
     return tl.load(W + slot * stride_wk, mask=slot >= 0, other=0.0).to(tl.float32)
 
 
@@ -45,7 +54,7 @@ def union_attention_kernel(
     stride_db, stride_dl, stride_dh, stride_dk,  # DW
     HEADS: tl.constexpr,  # key/value heads
     R: tl.constexpr, T: tl.constexpr, TOPK: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-    BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+    BACKWARD: tl.constexpr, PRECISION: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(length, T)
     # Tiles of one head follow each other, so that programs in flight share their chunks in the caches.
@@ -76,15 +85,15 @@ def union_attention_kernel(
     count = tl.load(COUNT + pid)
     to_log2 = scale * 1.4426950408889634
     acc = tl.zeros([T * R, D], dtype=tl.float32)
-    weight = _union_weights(w_at, slots_at, 0, count, token, inside, T, stride_wk)
+    # The weight, behind two dependent loads, is fetched one entry ahead.
+    weight = _union_weights(w_at, _union_slots(slots_at, 0, count, token, inside, T), stride_wk)
     for entry in range(0, count):
         chunk = tl.load(chunks_at + entry).to(tl.int64)
         k = tl.load(k_at + chunk * S * stride_kl)
         v = tl.load(v_at + chunk * S * stride_vl)
-        # One entry ahead: column, then weight, are two dependent loads.
-        next_weight = _union_weights(w_at, slots_at, entry + 1, count, token, inside, T, stride_wk)
+        next_weight = _union_weights(w_at, _union_slots(slots_at, entry + 1, count, token, inside, T), stride_wk)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p, total = _softmax(s, to_log2)
+        p, total = _softmax(s, to_log2, FOLD)
         pw = p * (weight / total)[:, None]
         if BACKWARD:
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)

@@ -48,7 +48,7 @@ def bound_kernel(MAXIMA, BOUND, groups, TOPK: tl.constexpr, GROUPS: tl.constexpr
     j = tl.arange(0, GROUPS)[None, :]
     key = tl.load(MAXIMA + bh * groups + j, mask=j < groups, other=-2147483648)
     real = key != -2147483648
-    bar = exact_bar(key, real, TOPK)
+    bar = exact_bar(key, real, TOPK, 12)
     # Fewer groups than TOPK bound nothing.
     bar = tl.where(tl.sum(real.to(tl.int32), 1) >= TOPK, bar, -2147483648)
     tl.store(BOUND + bh + tl.arange(0, 1), bar)
@@ -75,6 +75,28 @@ def collect_kernel(
 
 
 @triton.jit
+def _pick(CAND_ID, CAND_SCORE, IDS, WEIGHTS, count, TOPK: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the exact TOPK best of count <= WIDTH candidates in ascending id; returns how many there are."""
+    none: tl.constexpr = 0x7FFFFFFFFFFFFFFF
+    slot = tl.arange(0, WIDTH)
+    real = slot < count
+    ids = tl.load(CAND_ID + slot, mask=real, other=0)
+    key = order(tl.load(CAND_SCORE + slot, mask=real, other=0.0))
+    bar = tl.sum(exact_bar(key[None, :], real[None, :], TOPK), 0)
+    room = TOPK - tl.sum((real & (key > bar)).to(tl.int32), 0)
+    # Ascending by id first, for ties and for the order of the output.
+    packed = tl.sort(tl.where(real & (key >= bar), (ids.to(tl.int64) << 32) | slot, none))
+    held = packed != none
+    score = tl.load(CAND_SCORE + (packed & 0xFFFFFFFF).to(tl.int32), mask=held, other=0.0)
+    tie = (held & (order(score) == bar)).to(tl.int32)
+    keep = held & ((tie == 0) | (tl.cumsum(tie, 0) <= room))
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(IDS + place, (packed >> 32).to(tl.int32), mask=keep)
+    tl.store(WEIGHTS + place, score, mask=keep)
+    return tl.sum(keep.to(tl.int32), 0)
+
+
+@triton.jit
 def pick_kernel(
     SCORES, VISIBLE, COUNT, CAND_ID, CAND_SCORE, IDS, WEIGHTS, capacity,
     HEADS: tl.constexpr, TOPK: tl.constexpr, KP: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
@@ -82,28 +104,13 @@ def pick_kernel(
     """The exact TOPK best candidates in ascending id, -1 last, and the softmax of their scores (B * H, KP)."""
     bh = tl.program_id(0).to(tl.int64)
     count = tl.load(COUNT + bh)
-    none: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-    slot = tl.arange(0, CAP)
-    if count <= CAP:
-        real = slot < count
-        ids = tl.load(CAND_ID + bh * CAP + slot, mask=real, other=0)
-        score = tl.load(CAND_SCORE + bh * CAP + slot, mask=real, other=0.0)
-        key = order(score)
-        bar = tl.sum(exact_bar(key[None, :], real[None, :], TOPK), 0)
-        above = real & (key > bar)
-        # Ascending by id first, for ties and for the order of the output.
-        packed = tl.sort(tl.where(real & (key >= bar), (ids.to(tl.int64) << 32) | slot, none))
-        from_slot = (packed & 0xFFFFFFFF).to(tl.int32)
-        held = packed != none
-        score = tl.load(CAND_SCORE + bh * CAP + from_slot, mask=held, other=0.0)
-        ids = (packed >> 32).to(tl.int32)
-        tie = (held & (order(score) == bar)).to(tl.int32)
-        room = TOPK - tl.sum(above.to(tl.int32), 0)
-        keep = held & ((tie == 0) | (tl.cumsum(tie, 0) <= room))
-        place = tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(IDS + bh * KP + place, ids, mask=keep)
-        tl.store(WEIGHTS + bh * KP + place, score, mask=keep)
-        total = tl.sum(keep.to(tl.int32), 0)
+    ids_at, scores_at = CAND_ID + bh * CAP, CAND_SCORE + bh * CAP
+    out_ids, out = IDS + bh * KP, WEIGHTS + bh * KP
+    total = 0
+    if count <= CAP // 4:
+        total = _pick(ids_at, scores_at, out_ids, out, count, TOPK, CAP // 4)
+    elif count <= CAP:
+        total = _pick(ids_at, scores_at, out_ids, out, count, TOPK, CAP)
     else:
         # Too many ties for the buffer: the exact bar by counting over all scores, then one pass in ascending id.
         visible = tl.load(VISIBLE + bh // HEADS)
@@ -122,7 +129,6 @@ def pick_kernel(
             seen = start + column < visible
             score = tl.load(SCORES + bh * capacity + start + column, mask=seen, other=0.0)
             above_count += tl.sum((seen & (order(score) > bar)).to(tl.int32), 0)
-        total = 0
         ties = 0
         for start in range(0, visible, BLOCK):
             seen = start + column < visible
@@ -153,7 +159,7 @@ def attend_kernel(
     stride_kb, stride_kl, stride_kh, stride_kd,
     stride_vb, stride_vl, stride_vh, stride_vd,
     HEADS: tl.constexpr, SELECT_HEADS: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, D: tl.constexpr, KP: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """PARTS (B * Hkv, KP, R, D): weighted attention of every query head of the group inside one chosen chunk."""
     slot = tl.program_id(0)
@@ -163,23 +169,21 @@ def attend_kernel(
     source = b * SELECT_HEADS + h * SELECT_HEADS // HEADS
     chunk = tl.load(IDS + source * KP + slot).to(tl.int64)
     d = tl.arange(0, D)
-    out = PARTS + (bh * KP + slot) * R * D + d
+    r = tl.arange(0, RP)
+    there = (r < R)[:, None]
+    out = PARTS + ((bh * KP + slot) * R + r[:, None]) * D + d[None, :]
     if chunk >= 0:
         weight = tl.load(WEIGHTS + source * KP + slot)
         key = chunk * S + tl.arange(0, S)
-        k_at = K + b * stride_kb + h * stride_kh + key[:, None] * stride_kl + d[None, :] * stride_kd
-        v_at = V + b * stride_vb + h * stride_vh + key[:, None] * stride_vl + d[None, :] * stride_vd
-        k = tl.load(k_at).to(tl.float32)
-        v = tl.load(v_at).to(tl.float32)
-        for r in range(0, R):
-            q = tl.load(Q + b * stride_qb + (h * R + r) * stride_qh + d * stride_qd).to(tl.float32)
-            s = tl.sum(k * q[None, :], 1) * scale
-            p = tl.exp(s - tl.max(s, 0))
-            o = tl.sum(v * p[:, None], 0) * (weight / tl.sum(p, 0))
-            tl.store(out + r * D, o)
+        k = tl.load(K + b * stride_kb + h * stride_kh + key[:, None] * stride_kl + d[None, :] * stride_kd)
+        v = tl.load(V + b * stride_vb + h * stride_vh + key[:, None] * stride_vl + d[None, :] * stride_vd)
+        q_at = Q + b * stride_qb + (h * R + r[:, None]) * stride_qh + d[None, :] * stride_qd
+        s = tl.dot(tl.load(q_at, mask=there, other=0.0), tl.trans(k), input_precision=PRECISION) * scale
+        p = tl.exp(s - tl.max(s, 1)[:, None])
+        p = p * (weight / tl.sum(p, 1))[:, None]
+        tl.store(out, tl.dot(p.to(v.dtype), v, input_precision=PRECISION), mask=there)
     else:
-        for r in range(0, R):
-            tl.store(out + r * D, tl.zeros([D], dtype=tl.float32))
+        tl.store(out, tl.zeros([RP, D], dtype=tl.float32), mask=there)
 
 
 @triton.jit

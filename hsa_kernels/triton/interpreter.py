@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 
+_ENABLED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
 
 def enabled() -> bool:
-    """Whether kernels are interpreted on the CPU (decided by the environment before they are imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether kernels are interpreted on the CPU: the environment when they were imported decides."""
+    return _ENABLED
 
 
 def repair() -> None:

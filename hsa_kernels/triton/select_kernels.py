@@ -149,17 +149,18 @@ def candidates_kernel(
 
 
 @triton.jit
-def exact_bar(key, real, TOPK: tl.constexpr):
+def exact_bar(key, real, TOPK: tl.constexpr, BITS: tl.constexpr = 32):
     """Per row: the TOPK-th largest real key, or the smallest one where there are no more than TOPK.
 
-    Starts at the smallest key and adds bits: the candidates' span needs fewer of them than a whole float has.
+    With fewer BITS the result is a lower bound of it. Starts at the smallest key and adds bits: the candidates' span
+    needs fewer of them than a whole float has.
     """
     low = tl.min(tl.where(real, key, 0x7FFFFFFF), 1)
     high = tl.max(tl.where(real, key, -2147483648), 1)
     span = tl.maximum(high.to(tl.int64) - low.to(tl.int64), 0)
     # Exponent of the span as a float; rounding can only make it one bit longer.
     bits = (tl.max(span, 0).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
-    for i in range(0, tl.minimum(tl.maximum(bits, 0), 32)):
+    for i in range(0, tl.minimum(tl.maximum(bits, 0), BITS)):
         step = low.to(tl.int64) + (tl.full([1], 1, dtype=tl.int64) << (bits - 1 - i))
         step = tl.minimum(step, 0x7FFFFFFF).to(tl.int32)
         enough = tl.sum((real & (key >= step[:, None])).to(tl.int32), 1) >= TOPK
