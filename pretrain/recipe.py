@@ -90,6 +90,7 @@ class CheckpointConfig:
     every_minutes: float | None = 20.0
     keep_last: int = 3
     keep_every_tokens: Any = None  # one checkpoint per so many tokens is never deleted
+    async_save: bool = False  # written `async` in YAML, a word Python keeps for itself; see `load_recipe`
 
 
 @dataclass
@@ -167,6 +168,8 @@ def load_recipe(recipe: str, overrides: typing.Sequence[str] = (), *, clashes_ar
     loaded = recipe_from_container(raw, where=str(path))
     exchanged = preset is not None and loaded.recipe.model.preset != preset
     errors, clashes = check(loaded.recipe)
+    if loaded.recipe.checkpoint.async_save:
+        loaded.warnings.append("checkpoint.async: saving in the background is not there yet, training waits for its saves")
     if exchanged and not clashes_are_errors:
         loaded.warnings += [f"{clash} (the recipe was written for preset {preset})" for clash in clashes]
     else:
@@ -179,6 +182,8 @@ def load_recipe(recipe: str, overrides: typing.Sequence[str] = (), *, clashes_ar
 def recipe_from_container(raw: dict[str, Any], *, where: str) -> LoadedRecipe:
     """Typed recipe from a plain container (recipe file or RUN/recipe.yaml); unknown keys, wrong types are errors."""
     raw = plain(OmegaConf.create(raw))
+    if isinstance(raw.get("checkpoint"), dict) and "async" in raw["checkpoint"]:
+        raw["checkpoint"]["async_save"] = raw["checkpoint"].pop("async")
     refuse_unknown_keys(raw, Recipe, "", where)
     raw["model"] = fill_preset(raw.get("model") or {}, where)
     try:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import errno
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ def main(args: argparse.Namespace) -> int:
     """Run `hsa train`; returns the exit status."""
     loaded = load_recipe(args.recipe, args.overrides)
     recipe = loaded.recipe
+    if launched_rank() == 0:
+        for warning in loaded.warnings:
+            print(f"hsa: warning: {warning}", file=sys.stderr)
     names = [stage.name for stage in recipe.stages]
     if args.until_stage is not None and args.until_stage not in names:
         raise RecipeError(f"--until-stage {args.until_stage}: the recipe's stages are {', '.join(names)}")
