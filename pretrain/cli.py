@@ -66,7 +66,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Before torch is imported: OpenMP threads that spin while they wait starve the data reader and every neighbour, and a
+    # Before torch is imported: OpenMP threads that spin while they wait starve the data reader and every neighbour; a
     # busy two-core machine then trains several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     command = next((word for word in argv if word in COMMANDS), None)

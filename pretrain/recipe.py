@@ -169,7 +169,7 @@ def load_recipe(recipe: str, overrides: typing.Sequence[str] = (), *, clashes_ar
     exchanged = preset is not None and loaded.recipe.model.preset != preset
     errors, clashes = check(loaded.recipe)
     if loaded.recipe.checkpoint.async_save:
-        loaded.warnings.append("checkpoint.async: saving in the background is not there yet, training waits for its saves")
+        loaded.warnings.append("checkpoint.async: saving in the background is not there yet, training waits for saves")
     if exchanged and not clashes_are_errors:
         loaded.warnings += [f"{clash} (the recipe was written for preset {preset})" for clash in clashes]
     else:

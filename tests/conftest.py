@@ -16,9 +16,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 
 WORDS = (
-    "the of and to a in that it was his he with for as had you not be her is but at on she my have him which by "
-    "from all this they so were me one said what would there been will if no who out up when about "
-    "more do like into them then some could our day time little must good well old know house before very without great man young see never every"
+    "the of and to a in that it was his he with for as had you not be her is but at on she my have him which "
+    "by from all this they so were me one said what would there been will if no who out up when about more do "
+    "like into them then some could our day time little must good well old know house before very without "
+    "great man young see never every "
 ).split()
 
 

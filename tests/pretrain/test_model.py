@@ -16,7 +16,8 @@ from recipes import PRESETS_DIR
 SMALL = dict(
     vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=2, upper_layers=3, hsa_layers=2, num_heads=4,
     head_dim=8, swa_kv_heads=2, hsa_kv_heads=2, retrieval_heads=2, retrieval_dim=16, chunk_size=8,
-    encoder_ffn_hidden_size=32, num_experts=4, experts_per_token=2, expert_ffn_hidden_size=16, shared_expert_ffn_hidden_size=16, init_std=0.2,
+    encoder_ffn_hidden_size=32, num_experts=4, experts_per_token=2, expert_ffn_hidden_size=16,
+    shared_expert_ffn_hidden_size=16, init_std=0.2,
 )  # fmt: skip
 VARIANTS = {
     "experts": {},
