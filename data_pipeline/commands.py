@@ -1,4 +1,4 @@
-"""``hsa data tokenize | inspect | verify``."""
+"""``hsa data tokenize | merge | inspect | verify``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import time
 
 import numpy as np
 
+from data_pipeline.array import array_of_environment, merge
+from data_pipeline.cleaning import DEDUP, MAX_DOCUMENT_BYTES
+from data_pipeline.errors import DataError
 from data_pipeline.shards import ShardSet, verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands to the parser of ``hsa data``."""
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="{tokenize,inspect,verify}")
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="{tokenize,merge,inspect,verify}")
 
     def command(name: str, help_: str, example: str) -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -26,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     make = command(
         "tokenize",
-        "Turn text or JSONL into token shards with index and manifest.",
+        "Turn text, JSONL or Parquet into token shards with index and manifest.",
         "hsa data tokenize text/ --out shards --tokenizer bpe:2048",
     )
     make.add_argument(
         "sources",
         nargs="+",
         metavar="SRC",
-        help="text or JSONL(.gz, .zst) files, or folders of them; held_out.* in a folder is left out",
+        help="text, JSONL(.gz, .zst) or Parquet files, or folders of them; held_out.* in a folder is left out",
     )
     make.add_argument("--out", required=True, metavar="DIR", help="new folder for the shards")
     make.add_argument(
@@ -48,7 +51,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--shard-mb", type=float, default=64, metavar="MB", help="text per shard (default 64)")
     make.add_argument("--bpe-mb", type=float, default=32, metavar="MB", help="text to train a BPE on (default 32)")
     make.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    make.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at a broken record (default: count it, write it to quarantine.jsonl)",
+    )
+    make.add_argument(
+        "--dedup",
+        choices=DEDUP,
+        default="none",
+        help="leave out documents with the text of an earlier one, or nearly so (MinHash; extra: data)",
+    )
+    make.add_argument("--max-mb", type=float, default=1024, metavar="MB", help="a longer document is broken (1024)")
+    index, size = array_of_environment()
+    make.add_argument(
+        "--array-index", type=int, default=index, metavar="I", help="this task of an array (default: Slurm's)"
+    )
+    make.add_argument(
+        "--array-size", type=int, default=size, metavar="N", help="tasks that share the files (default: Slurm's)"
+    )
     make.add_argument("--quiet", action="store_true", help="no progress")
+
+    join = command("merge", "Join what the tasks of a Slurm array tokenized; safe to repeat.", "hsa data merge shards")
+    join.add_argument("path", metavar="DIR", help="the --out of the tasks")
 
     show = command(
         "inspect", "Show domains, counts, lengths and fingerprints of token shards.", "hsa data inspect shards"
@@ -65,6 +90,8 @@ def main(args: argparse.Namespace) -> int:
     if args.data_command == "tokenize":
         from data_pipeline.tokenizing import tokenize
 
+        if args.array_size not in (None, 1) and args.array_index is None:
+            raise DataError("--array-size needs --array-index outside of a Slurm array")
         tokenize(
             args.sources,
             args.out,
@@ -73,8 +100,14 @@ def main(args: argparse.Namespace) -> int:
             shard_bytes=int(args.shard_mb * (1 << 20)),
             bpe_bytes=int(args.bpe_mb * (1 << 20)),
             workers=args.workers,
+            strict=args.strict,
+            dedup=args.dedup,
+            max_bytes=min(int(args.max_mb * (1 << 20)), MAX_DOCUMENT_BYTES),
+            array=None if args.array_size in (None, 1) else (args.array_index, args.array_size),
             quiet=args.quiet,
         )
+    elif args.data_command == "merge":
+        merge(args.path)
     elif args.data_command == "inspect":
         summary = inspect(args.path)
         print(json.dumps(summary) if args.json else _tree(summary))

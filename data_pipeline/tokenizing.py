@@ -2,7 +2,8 @@
 
 One reader cuts the documents, domain by domain, into shards of about ``shard_bytes`` of text; worker processes encode
 and write them. The cut depends on the input only, so a second call after an interruption skips the shards that are
-there. Everything is written to ``DIR.partial`` and renamed at the end: ``DIR`` is complete or absent.
+there. Everything is written to ``DIR.partial`` and renamed at the end: ``DIR`` is complete or absent. Records that are
+no documents go to ``quarantine.jsonl``. The tasks of a Slurm array share the files; ``array.py`` joins what they wrote.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.array import COMPLETE, LEFTOVERS, hashes_of, index_of, share_of, task_folder
+from data_pipeline.cleaning import MAX_DOCUMENT_BYTES, QUARANTINE, Quarantine, clean, text_hash
 from data_pipeline.errors import DataError
 from data_pipeline.processes import exit_with_parent
 from data_pipeline.shards import dtype_for, sha256_file, write_array, write_atomically, write_manifest, write_shard
-from data_pipeline.sources import Document, find_sources, read_documents
+from data_pipeline.sources import Document, find_sources, is_compressed, read_documents
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 _PIECE = 1 << 16  # characters of text that are kept or left together when sampling for the BPE
@@ -43,13 +46,20 @@ def tokenize(
     shard_bytes: int = 64 << 20,
     bpe_bytes: int = 32 << 20,
     workers: int | None = None,
+    strict: bool = False,
+    dedup: str = "none",
+    max_bytes: int = MAX_DOCUMENT_BYTES,
+    array: tuple[int, int] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write the shards of ``sources`` to the new folder ``out`` and return the manifest.
 
     tokenizer: path of a ``tokenizer.json``, or ``bpe:N`` to train a byte-level BPE of N entries on an even sample of
     at most ``bpe_bytes`` of the text. domain: label for all documents instead of their own. shard_bytes: text per
-    shard. workers: processes, by default one per core.
+    shard. workers: processes, by default one per core. strict: a broken record stops instead of going to
+    ``quarantine.jsonl``. dedup: one of :data:`data_pipeline.cleaning.DEDUP`. max_bytes: a longer document counts as
+    broken. array: (index, size) takes this task's share of the files, writes it beside ``out``, for
+    :func:`data_pipeline.array.merge`, and returns what the merge needs.
 
     Raises DataError when ``out`` exists, for unreadable sources and when they hold no text.
     """
@@ -57,42 +67,81 @@ def tokenize(
     if out.exists():
         raise DataError(f"{out} exists; remove it or choose another --out")
     files = find_sources(sources)
-    staging = out.with_name(out.name + ".partial")
+    prefix, staging = "", out.with_name(out.name + ".partial")
+    if array is not None:
+        if tokenizer.startswith("bpe:"):
+            raise DataError(f"the tasks of an array cannot each train {tokenizer}; give the path of a tokenizer")
+        files = share_of(files, *array)
+        prefix, staging = f"{array[0]:04d}-", task_folder(out, *array)
     request = {
         "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "tokenizer": tokenizer if tokenizer.startswith("bpe:") else load_tokenizer(tokenizer).fingerprint,
         "domain": domain,
         "shard_bytes": shard_bytes,
         "bpe_bytes": bpe_bytes,
+        "strict": strict,
+        "dedup": dedup,
+        "max_bytes": max_bytes,
     }
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     started = time.monotonic()
     with _staging(staging, request):
+        if array is not None and (staging / COMPLETE).is_file():
+            return json.loads((staging / COMPLETE).read_bytes())
         chosen = _tokenizer(staging, tokenizer, files, bpe_bytes, say)
-        counts = {"empty_documents": 0, "text_bytes": 0}
-        jobs = _jobs(files, domain, shard_bytes, counts)
-        results = _write_all(staging, chosen, jobs, workers or os.cpu_count() or 1, say)
-        if not results:
+        quarantine = Quarantine(staging / QUARANTINE, strict)
+        try:
+            counts = {"text_bytes": 0}
+            documents = clean(read_documents(files, domain, quarantine.bad), quarantine, dedup, max_bytes)
+            jobs = _jobs(documents, shard_bytes, prefix, counts)
+            results = _write_all(staging, chosen, jobs, workers or os.cpu_count() or 1, say)
+        finally:
+            quarantine.close()
+        left_out = dict(quarantine.counts)
+        if not results and array is None:
             names = ", ".join(map(str, files[:3])) + (" ..." if len(files) > 3 else "")
-            raise DataError(f"no text in {names}: every document is empty")
+            if set(left_out) <= {"empty"}:
+                raise DataError(f"no text in {names}: every document is empty")
+            reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
+            raise DataError(f"no text in {names}: every record was put aside ({reasons}), see {staging / QUARANTINE}")
         results.sort(key=lambda shard: (shard["domain"], shard["file"]))
-        rows = [np.load(staging / (Path(shard["file"]).stem + ".index.npy")) for shard in results]
-        shards = [{k: v for k, v in shard.items() if k != "text_sha256"} for shard in results]
-        sources_read = [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]
-        manifest = write_manifest(
-            staging, chosen, dtype_for(chosen.vocab_size), shards, rows, {**counts, "sources": sources_read}
-        )
-        for pattern in ("*.index.npy", "*.done.json", "*.tmp", "request.json", "lock"):
+        extra = {
+            "empty_documents": left_out.get("empty", 0),
+            **counts,
+            "left_out": left_out,
+            "sources": [{"file": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files],
+        }
+        shards = [{k: v for k, v in shard.items() if k not in ("text_sha256", "label")} for shard in results]
+        if not left_out:
+            (staging / QUARANTINE).unlink()
+        if array is not None:
+            labels = {shard["domain"]: shard["label"] for shard in results}
+            task = {"request": request, "shards": shards, "labels": labels, "extra": extra}
+            write_atomically(staging / COMPLETE, json.dumps(task).encode())
+            say(f"task {array[0]} of {array[1]} is done; when all are: hsa data merge {out}")
+            return task
+        rows = [np.load(index_of(staging / shard["file"])) for shard in shards]
+        manifest = write_manifest(staging, chosen, dtype_for(chosen.vocab_size), shards, rows, extra)
+        for pattern in LEFTOVERS:
             for leftover in staging.glob(pattern):
                 leftover.unlink()
         staging.rename(out)
-    seconds = time.monotonic() - started
-    say(
-        f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(shards)} shards "
-        f"({counts['text_bytes'] / max(manifest['tokens'], 1):.2f} bytes per token, {counts['empty_documents']} empty "
-        f"documents left out, {counts['text_bytes'] / 1e6 / max(seconds, 1e-9):.1f} MB/s)"
-    )
+    report(out, manifest, time.monotonic() - started, say)
     return manifest
+
+
+def report(out: Path, manifest: dict[str, Any], seconds: float, say: Callable[[str], None]) -> None:
+    """Say what was made and, whatever it is, what was left out."""
+    tokens, size = manifest["tokens"], manifest["text_bytes"]
+    say(
+        f"{out}: {manifest['documents']:,} documents, {tokens:,} tokens in {len(manifest['shards'])} shards "
+        f"({size / max(tokens, 1):.2f} bytes per token, {manifest['empty_documents']} empty "
+        f"documents left out, {size / 1e6 / max(seconds, 1e-9):.1f} MB/s)"
+    )
+    others = {reason: n for reason, n in manifest["left_out"].items() if reason != "empty"}
+    if others:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(others.items()))
+        print(f"{out}: records left out: {reasons}; see {out / QUARANTINE}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -136,10 +185,10 @@ def _tokenizer(staging: Path, choice: str, files: list[Path], bpe_bytes: int, sa
 
 def _sample(files: list[Path], limit: int) -> Iterator[str]:
     """Pieces of text spread evenly over all files, about ``limit`` bytes of them."""
-    total = sum(f.stat().st_size * (4 if f.suffix in (".gz", ".zst") else 1) for f in files)
+    total = sum(f.stat().st_size * (4 if is_compressed(f) else 1) for f in files)
     share = min(1.0, limit / max(total, 1))
     credit = 1.0
-    for document in read_documents(files):
+    for document in read_documents(files, bad=lambda record: None):  # they are counted when the shards are made
         for start in range(0, len(document.text), _PIECE):
             piece = document.text[start : start + _PIECE]
             credit += share * len(piece) / _PIECE
@@ -148,11 +197,13 @@ def _sample(files: list[Path], limit: int) -> Iterator[str]:
                 yield piece
 
 
-Job = tuple[str, str, list[tuple[dict[str, str], str]]]
+Job = tuple[str, str, str, list[tuple[dict[str, str], str]]]
 
 
-def _jobs(files: list[Path], domain: str | None, shard_bytes: int, counts: dict[str, int]) -> Iterator[Job]:
-    """(shard file, domain, documents) for every shard, cut by the input alone."""
+def _jobs(
+    documents: Iterable[tuple[Document, int]], shard_bytes: int, prefix: str, counts: dict[str, int]
+) -> Iterator[Job]:
+    """(shard file, domain, its own name, documents) for every shard, cut by the input alone."""
     pending: dict[str, list[tuple[dict[str, str], str]]] = {}
     sizes: dict[str, int] = {}
     made: dict[str, int] = {}
@@ -161,14 +212,10 @@ def _jobs(files: list[Path], domain: str | None, shard_bytes: int, counts: dict[
     def cut(label: str) -> Job:
         number = made[label] = made.get(label, -1) + 1
         sizes[label] = 0
-        return f"{label}-{number:06d}.tar", label, pending.pop(label)
+        return f"{label}-{prefix}{number:06d}.tar", label, labels[label], pending.pop(label)
 
-    for document in read_documents(files, domain):
-        if not document.text.strip():
-            counts["empty_documents"] += 1
-            continue
+    for document, size in documents:
         label = _label(document, labels)
-        size = len(document.text.encode("utf-8", "surrogatepass"))
         counts["text_bytes"] += size
         pending.setdefault(label, []).append(
             ({"id": document.id, "domain": label, "source": document.source}, document.text)
@@ -251,7 +298,7 @@ def _start_worker(staging: str, tokenizer: str) -> None:
     _worker = Path(staging), load_tokenizer(tokenizer)
 
 
-def _encode_shard(file: str, domain: str, documents: list[tuple[dict[str, str], str]]) -> dict[str, Any]:
+def _encode_shard(file: str, domain: str, label: str, documents: list[tuple[dict[str, str], str]]) -> dict[str, Any]:
     """Encode and write one shard, or find it done. Runs in a worker; returns the shard's part of the manifest."""
     assert _worker is not None
     staging, tokenizer = _worker
@@ -263,7 +310,9 @@ def _encode_shard(file: str, domain: str, documents: list[tuple[dict[str, str], 
         if shard["text_sha256"] == digest and path.is_file() and path.stat().st_size == shard["bytes"]:
             return shard
     rows = write_shard(path, _encoded(tokenizer, documents), dtype_for(tokenizer.vocab_size))
-    write_array(staging / (path.stem + ".index.npy"), rows)
+    write_array(index_of(path), rows)
+    hashes = b"".join(text_hash(text) for _, text in documents)
+    write_array(hashes_of(path), np.frombuffer(hashes, dtype="<u8").reshape(-1, 2))
     shard = {
         "file": file,
         "domain": domain,
@@ -271,6 +320,7 @@ def _encode_shard(file: str, domain: str, documents: list[tuple[dict[str, str], 
         "tokens": int(rows["length"].sum(dtype=np.int64)),
         "bytes": path.stat().st_size,
         "sha256": sha256_file(path),
+        "label": label,
         "text_sha256": digest,
     }
     write_atomically(done, json.dumps(shard).encode())

@@ -69,7 +69,7 @@ def test_manifest_counts_and_hashes(shards: Path) -> None:
     assert manifest["dtype"] == "uint16" and manifest["tokenizer"]["vocab_size"] == 600
     assert all(sha256_file(shards / s["file"]) == s["sha256"] for s in manifest["shards"])
     assert sorted(f.name for f in shards.iterdir()) == sorted(
-        ["manifest.json", "index.npy", "tokenizer.json", *(s["file"] for s in manifest["shards"])]
+        ["manifest.json", "index.npy", "tokenizer.json", "quarantine.jsonl", *(s["file"] for s in manifest["shards"])]
     )
     assert dtype_for(1 << 16) == "uint16" and dtype_for((1 << 16) + 1) == "uint32"
 
@@ -228,7 +228,7 @@ def test_broken_input_is_one_clear_message(tmp_path: Path, corpus: Path, shards:
     (tmp_path / "bare").mkdir()
     for sources, message in cases:
         with pytest.raises(DataError, match=message):
-            tokenize(sources, out, str(shards), workers=1, quiet=True)
+            tokenize(sources, out, str(shards), workers=1, strict=True, quiet=True)
         assert not out.exists()
     for tokenizer, message in [
         ("bpe:many", "write bpe:N"),
