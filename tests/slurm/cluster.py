@@ -150,7 +150,7 @@ class SlurmCluster:
     def lose_node(self, node: str) -> None:
         """As a power cut: slurmd and the steps on the node die at once, then the controller is told that it is down."""
         _end(self.root / f"pid/slurmd.{node}.pid", signal.SIGKILL)
-        for pid in _processes_on(node):
+        for pid in _processes_on(node, self.root / "slurm.conf"):
             _kill(pid, signal.SIGKILL)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
@@ -213,12 +213,16 @@ def _add_host_names() -> None:
             file.write(f"127.0.0.1 {' '.join(NODES)}\n")
 
 
-def _processes_on(node: str) -> list[int]:
-    """The step daemons of `node` (they first: one that outlives its task reports an ordinary end) and all tasks."""
+def _processes_on(node: str, conf: Path) -> list[int]:
+    """The step daemons of `node` (they first: one that outlives its task reports an ordinary end) and all tasks.
+
+    Another cluster on this host may have a node of that name, hence the configuration file.
+    """
+    marks = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={conf}".encode()}
     tasks, daemons = [], []
     for process in Path("/proc").iterdir():
         try:
-            if f"SLURMD_NODENAME={node}".encode() not in (process / "environ").read_bytes().split(b"\0"):
+            if not marks.issubset((process / "environ").read_bytes().split(b"\0")):
                 continue
             tasks.append(int(process.name))
             parent = Path(f"/proc/{(process / 'stat').read_text().rpartition(')')[2].split()[1]}")
