@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # FlexAttention's block of queries and of keys.
 _BLOCK = 128
+_SHORTEST = 128
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -25,8 +26,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} of q, k, v (bfloat16, float16 or float32, all the same)"
     if q.shape[-1] not in (16, 32, 64, 128, 256):
         return f"head size {q.shape[-1]} (16, 32, 64, 128 or 256)"
-    if q.numel() == 0:
-        return "empty input"
+    if q.shape[1] < _SHORTEST:
+        return f"{q.shape[1]} queries (from {_SHORTEST} on: a compilation for every length of a decode step costs more)"
     return None
 
 
@@ -34,7 +35,12 @@ def flex_window(
     q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None, key_offset: int, scale: float | None
 ) -> Tensor:
     """Shapes and rule in `reference.sliding_window_attention`."""
-    length, keys = q.shape[1], k.shape[1]
+    length = q.shape[1]
+    # Keys out of reach go first: then the offset, a constant of the compiled mask, takes few values while streaming.
+    start, stop = max(0, key_offset - window + 1), key_offset + length
+    k, v, key_offset = k[:, start:stop], v[:, start:stop], key_offset - start
+    documents = documents if documents is None else documents[:, start:stop]
+    keys = k.shape[1]
     qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[2] != k.shape[2]
     if window >= length and length == keys and documents is None and q.dtype != torch.float32:

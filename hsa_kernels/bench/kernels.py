@@ -145,7 +145,7 @@ def _window(report: Report, lengths: list[int]) -> None:
         def both(q: Tensor = q, k: Tensor = k, v: Tensor = v, g: Tensor = case.cotangent) -> object:
             return torch.autograd.grad(sliding_window_attention(q, k, v, window=4096), (q, k, v), g)
 
-        facts = {"length": length, "heads": "16/1", "method": "window"}
+        facts: dict[str, Any] = {"length": length, "heads": "16/1", "method": "window"}
         with torch.no_grad():
             report.add("window", f"window 4096 {length} forward", window, **facts)
         report.add("window", f"window 4096 {length} forward+backward", both, **facts)

@@ -16,7 +16,6 @@ from hsa_kernels.triton.overlap import OverlapMonitor
 # Union order needs enough query heads per key/value head, and neighbours that share chunks: above this many union
 # entries per chosen chunk the chunk order is faster (17.8 ms x overlap / 1.57 against 26 ms, H100, 128K tokens, 16/1).
 _UNION_RATIO = 8
-FOLD = {False: False, True: True}
 _UNION_OVERLAP = 2.3
 # The same for dq in union order; dk and dv take the chunk order always.
 _TWO_PASS_OVERLAP = 1.65
@@ -134,7 +133,7 @@ def _launch_union(
         q, k, v, w, grad, out, dw, union.chunks, union.slots, union.count, scale, length,
         *q.stride(), *k.stride(), *v.stride(), *w.stride(), *grad.stride(), *out.stride(), *dw.stride(),
         HEADS=heads, R=ratio, T=union.tile, TOPK=idx.shape[3], S=chunk_size, D=dim, BACKWARD=backward,
-        PRECISION=precision(q.dtype), FOLD=FOLD[backward], num_warps=tiling.warps, num_stages=tiling.stages,
+        PRECISION=precision(q.dtype), num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return union.count
 

@@ -16,8 +16,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _softmax(s, to_log2, FOLD: tl.constexpr = True):
-    """Rows of exp(scale * (s - max)) and their sums; to_log2 = scale / ln 2 >= 0, folded into one multiply-add."""
+def _softmax(s, to_log2, FOLD: tl.constexpr):
+    """Rows of exp(scale * (s - max)) and their sums; to_log2 = scale / ln 2 >= 0.
+
+    FOLD turns scaling into one multiply-add per element. It pays in chunk order; in union order it costs registers
+    (172 instead of 157) and time (17.4 ms instead of 15.4, H100, 128K tokens).
+    """
     if FOLD:
         p = tl.exp2(s * to_log2 - (tl.max(s, 1) * to_log2)[:, None])
     else:
@@ -54,7 +58,7 @@ def union_attention_kernel(
     stride_db, stride_dl, stride_dh, stride_dk,  # DW
     HEADS: tl.constexpr,  # key/value heads
     R: tl.constexpr, T: tl.constexpr, TOPK: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-    BACKWARD: tl.constexpr, PRECISION: tl.constexpr, FOLD: tl.constexpr,
+    BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(length, T)
     # Tiles of one head follow each other, so that programs in flight share their chunks in the caches.
@@ -93,7 +97,7 @@ def union_attention_kernel(
         v = tl.load(v_at + chunk * S * stride_vl)
         next_weight = _union_weights(w_at, _union_slots(slots_at, entry + 1, count, token, inside, T), stride_wk)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p, total = _softmax(s, to_log2, FOLD)
+        p, total = _softmax(s, to_log2, False)
         pw = p * (weight / total)[:, None]
         if BACKWARD:
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -167,7 +171,7 @@ def chunk_attention_kernel(
             if BACKWARD:
                 do = tl.load(g_at + t[:, None] * stride_gl, mask=inside[:, None], other=0.0)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p, total = _softmax(s, to_log2)
+            p, total = _softmax(s, to_log2, True)
             pw = p * (weight / total)[:, None]
             if BACKWARD:
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)

@@ -233,6 +233,24 @@ def test_operators_pass_torch_checks():
     torch.library.opcheck(register.select_op, (q, lm, None, 2, 1, 6, 0), test_utils=CHECKS)
 
 
+def test_dispatch_compiles_into_one_graph():
+    """torch.compile traces the public operators, backend choice included, with gradients."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 20, h, 16, generator=g).to(DEVICE).requires_grad_() for h in (2, 1, 1))
+    lm = torch.randn(1, 5, 1, 16, generator=g).to(DEVICE).requires_grad_()
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 60)) for x in (k, v))
+
+    def layer(q, k, v, lm):
+        ids, scores = select_chunks(q[:, :, :1], lm, top_k=2, chunk_size=4, backend="triton")
+        return hsa_attention(q, k, v, selection_weights(scores, ids), ids, chunk_size=16, backend="triton")
+
+    want = layer(q, k, v, lm)
+    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v, lm)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, lm)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
