@@ -24,13 +24,17 @@ class MixEntry:
 
     name: label in metrics and in the saved position. path: folder written by ``hsa data tokenize``. weight: share of
     the TOKENS, relative to the other entries. domain: which domain of the folder; null takes the one called ``name``,
-    or the only one there is; ``"*"`` takes all of them.
+    or the only one there is; ``"*"`` takes all of them. max_epochs: a lane that has read its part of so many epochs
+    leaves the domain out, and its share goes to the others; null repeats without end. min_length: only documents of at
+    least so many tokens.
     """
 
     name: str = "???"
     path: str = "???"
     weight: float = 1.0
     domain: str | None = None
+    max_epochs: float | None = None
+    min_length: int | None = None
 
 
 @dataclass
@@ -67,7 +71,10 @@ class DataConfig:
 
     tokenizer: a ``tokenizer.json`` or the folder that holds it. mix: the default mix; mixes: named mixes that a stage
     can choose. held_out: text or JSONL file for perplexity, never trained on. lanes: number of lanes N, constant for
-    the run. prefetch: batches that the reader process prepares ahead; 0 reads inside the training process.
+    the run. prefetch: batches that the reader process prepares ahead; 0 reads inside the training process. packing:
+    ``split`` fills a sequence with what comes next, ``best_fit`` with the document that fits best among
+    ``packing_buffer`` ones per lane, so that fewer are cut. unreadable: ``stop`` at a document that cannot be read, or
+    ``skip`` it; it is named and counted.
     """
 
     tokenizer: str = "???"
@@ -77,3 +84,6 @@ class DataConfig:
     held_out: str | None = None
     lanes: int = 8
     prefetch: int = 2
+    packing: str = "split"
+    packing_buffer: int = 32
+    unreadable: str = "stop"

@@ -4,7 +4,8 @@ The stream is N lanes. Lane l owns, in every domain, the positions l, l + N, l +
 permutation of epoch 0, of epoch 1, ...": each document of an epoch belongs to one lane, and small domains still serve
 every lane. Where a sequence ends the document does not: its cursor (document, offset) stays and the rest follows when
 the domain is drawn again, so nothing is lost at any context. The domain of the next piece is the one that is furthest
-behind its share of tokens. A lane's state is these few integers; a stage with another context, and a job with another
+behind its share of tokens; with ``best_fit`` some documents of the domain wait, and the rest of a sequence gets the
+longest that it holds whole. A lane's state is these few integers; a stage with another context, and a job with another
 number of ranks, read on.
 
 Legend: L context, n tokens of a piece.
@@ -14,72 +15,22 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_pipeline.config import DEFAULT_TASKS, TASKS, DataConfig, SyntheticConfig
+from data_pipeline.cursor import Cursor
 from data_pipeline.errors import DataError
 from data_pipeline.mix import Domain, merge_synthetic, mix_entries, open_mixes
-from data_pipeline.permutation import permute, seed_key
+from data_pipeline.permutation import seed_key
 from data_pipeline.synthetic import SampleTooShort, SyntheticSample, build_sample
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from data_pipeline.batch import PackedBatch
-
-_AHEAD = 256  # positions permuted in one vectorised call
-
-
-class _Cursor:
-    """Where a lane stands in a domain: ``document`` counts the lane's documents from the start of the run."""
-
-    def __init__(self, domain: Domain, lane: int, lanes: int, document: int = 0, offset: int = 0) -> None:
-        self.domain, self.lane, self.lanes = domain, lane, lanes
-        self.document, self.offset = document, offset
-        self._block = -1
-        self._rows = np.empty(0, dtype=np.int64)
-        self._row = -1
-        self._length = 0
-        self._tokens: np.ndarray | None = None
-
-    def take(self, limit: int) -> tuple[np.ndarray, int]:
-        """The next 1..limit tokens of the current document, and the token after them (-1 at the document's end)."""
-        if self._row < 0:
-            self._enter()
-        start = self.offset
-        n = min(limit, self._length - start)
-        more = start + n < self._length
-        if self._tokens is not None:
-            tokens = self._tokens[start : start + n + more]
-        else:
-            tokens = self.domain.shards.read(self._row, start, n + more)
-        if int(tokens.max()) >= self.domain.shards.vocab_size:
-            self.domain.shards.refuse_token(self._row, int(tokens.max()))
-        self.offset += n
-        if more:
-            return tokens[:-1], int(tokens[-1])
-        self.document, self.offset, self._row = self.document + 1, 0, -1
-        return tokens, -1
-
-    def _enter(self) -> None:
-        """Find the document of the current position, check it against its checksum and load it if it is small."""
-        shards = self.domain.shards
-        block = self.document // _AHEAD
-        if block != self._block:
-            steps = np.arange(block * _AHEAD, (block + 1) * _AHEAD, dtype=np.int64)
-            rows = permute(self.lane + steps * self.lanes, self.domain.documents, self.domain.key)
-            self._block, self._rows = block, rows + self.domain.first
-        row = int(self._rows[self.document % _AHEAD])
-        length = int(shards.index[row]["length"])
-        if self.offset >= length:
-            raise DataError(
-                f"the saved position in domain {self.domain.name} is behind the end of its document in {shards.path}; "
-                "restore the shards that the run was started with"
-            )
-        self._tokens = shards.document(row)
-        self._row, self._length = row, length
 
 
 class _Lane:
@@ -89,11 +40,16 @@ class _Lane:
         self.number, self._stream = number, stream
         self.sequence = 0
         self.samples = 0
-        self.cursors = [_Cursor(domain, number, stream.lanes) for domain in stream._domains]
+        self.cursors = [self._cursor(domain, None) for domain in stream._domains]
         self._others: dict[str, Any] = {}
+        self.skipped: dict[str, int] = {}
         self._draw_from_start()
         key = seed_key(stream.seed, "rate", number)
         self._phase = key / 2.0**64
+
+    def _cursor(self, domain: Domain, saved: dict[str, Any] | None) -> Cursor:
+        saved = saved or {"document": 0, "offset": 0}
+        return Cursor(domain, self.number, self._stream.lanes, self._stream._buffer_size, saved)
 
     def _draw_from_start(self) -> None:
         """A new mix: random phases of up to one sequence, so that lanes do not draw the same domain in step."""
@@ -103,12 +59,8 @@ class _Lane:
     def state(self) -> dict[str, Any]:
         domains = dict(self._others)
         for cursor in self.cursors:
-            domains[cursor.domain.name] = {
-                "data": cursor.domain.identity,
-                "document": cursor.document,
-                "offset": cursor.offset,
-            }
-        return {
+            domains[cursor.domain.name] = cursor.state()
+        state = {
             "seed": self._stream.seed,
             "lanes": self._stream.lanes,
             "sequence": self.sequence,
@@ -116,6 +68,9 @@ class _Lane:
             "domains": domains,
             "mix": {"id": self._stream._mix_id, "spent": list(self.spent)},
         }
+        if self.skipped:
+            state["skipped"] = dict(self.skipped)
+        return state
 
     def load(self, state: dict[str, Any]) -> None:
         stream = self._stream
@@ -134,24 +89,48 @@ class _Lane:
                     f"domain {domain.name} in {domain.shards.path} is not the data of the saved position; restore the "
                     "old shards, or give the mix entry another name to start it from the beginning"
                 )
-            self.cursors[i] = _Cursor(domain, self.number, stream.lanes, int(saved["document"]), int(saved["offset"]))
+            self.cursors[i] = self._cursor(domain, saved)
+        self.skipped = dict(state.get("skipped", {}))
         if state["mix"]["id"] == stream._mix_id:
             self.spent = [int(s) for s in state["mix"]["spent"]]
         else:
             self._draw_from_start()
 
-    def take(self, limit: int) -> tuple[int, np.ndarray, int]:
-        """(domain, tokens, next token or -1) from the domain furthest behind its share of tokens."""
-        inverse = self._stream._inverse_weights
-        spent = self.spent
-        best, lowest = 0, math.inf
-        for i, inv in enumerate(inverse):
-            due = spent[i] * inv
-            if due < lowest:
+    def _domain(self) -> int:
+        """The domain furthest behind its share of tokens that may still be read."""
+        best, lowest = -1, math.inf
+        for i, inverse in enumerate(self._stream._inverse_weights):
+            due = self.spent[i] * inverse
+            if due < lowest and not self.cursors[i].used_up:
                 best, lowest = i, due
-        tokens, after = self.cursors[best].take(limit)
-        spent[best] += len(tokens)
-        return best, tokens, after
+        if best < 0:
+            raise DataError(
+                f"lane {self.number} has read max_epochs of every domain of the mix; raise max_epochs, add data, or "
+                "end the stage earlier"
+            )
+        return best
+
+    def take(self, limit: int, fit: bool = False) -> tuple[int, np.ndarray, int]:
+        """(domain, 1..limit tokens, next token or -1) of what comes next; ``fit``: a whole document if one fits."""
+        while True:
+            best = self._domain()
+            cursor = self.cursors[best]
+            try:
+                tokens, after = cursor.take(limit, fit)
+            except DataError as error:
+                if not self._stream._skip or not cursor.reading:
+                    raise
+                self._count_skipped(cursor.domain, cursor.skip(), error)
+                continue
+            self.spent[best] += len(tokens)
+            return best, tokens, after
+
+    def _count_skipped(self, domain: Domain, row: int, error: DataError) -> None:
+        """Count a document that cannot be read, and name its shard once."""
+        file = str(domain.shards.shard_files[int(domain.shards.index[row]["shard"])])
+        self.skipped[file] = self.skipped.get(file, 0) + 1
+        if self.skipped[file] == 1:
+            print(f"hsa: lane {self.number} skips what it cannot read: {error}", file=sys.stderr, flush=True)
 
     def _haystack(self, n: int) -> np.ndarray:
         out = np.empty(n, dtype=np.int32)
@@ -177,7 +156,7 @@ class _Lane:
         tokens, labels, weights, documents, domains = (out[k][row] for k in _ARRAYS)
         position = number = 0
         while position < context:
-            domain, piece, after = self.take(context - position)
+            domain, piece, after = self.take(context - position, fit=position > 0)
             end = position + len(piece)
             stop = -(-end // chunk) * chunk
             tokens[position:end] = piece
@@ -282,6 +261,15 @@ class BatchStream:
         self._inverse_weights = [1.0 / d.weight for d in self._domains]
         self._mix_id = f"{seed_key(*[(d.name, d.weight, d.identity) for d in self._domains]):016x}"
         self.domain_names = [d.name for d in self._domains] + list(TASKS)
+        if data.packing not in ("split", "best_fit") or data.packing_buffer < 1:
+            raise DataError(
+                f"data.packing must be split or best_fit and data.packing_buffer at least 1, not {data.packing} and "
+                f"{data.packing_buffer}"
+            )
+        if data.unreadable not in ("stop", "skip"):
+            raise DataError(f"data.unreadable must be stop or skip, not {data.unreadable}")
+        self._buffer_size = data.packing_buffer if data.packing == "best_fit" else 0
+        self._skip = data.unreadable == "skip"
         self._prepare_synthetic()
         self._lanes = [_Lane(number, self) for number in self.lane_ids]
 
@@ -378,6 +366,15 @@ class BatchStream:
             done = sum(lane["domains"][domain.name]["document"] for lane in state.values())
             result[domain.name] = done * self.lanes / len(state) / domain.documents
         return result
+
+    def skipped(self, state: dict[str, dict[str, Any]] | None = None) -> dict[str, int]:
+        """Documents that these lanes could not read and skipped, by shard file."""
+        state = self.state_dict() if state is None else state
+        counts: dict[str, int] = {}
+        for lane in state.values():
+            for file, documents in lane.get("skipped", {}).items():
+                counts[file] = counts.get(file, 0) + documents
+        return counts
 
     def close(self) -> None:
         """Close the shards."""
