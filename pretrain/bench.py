@@ -7,6 +7,7 @@ import importlib
 
 # name -> (module with add_arguments and main, one line)
 BENCHES = {
+    "data": ("data_pipeline.bench", "reading, opening, resuming and tokenizing against plain loops and libraries"),
     "kernels": ("hsa_kernels.bench.kernels", "attention operators against cuDNN, FlexAttention and the reference"),
 }
 
