@@ -133,10 +133,14 @@ def hsa_command(*words: object, ranks: int = 1) -> list[str]:
 
 
 def hsa_environment() -> dict[str, str]:
-    """This environment without a launcher's variables; one thread per rank, so that sums have one order."""
+    """This environment without a launcher's variables and without a GPU, which has tests of its own.
+
+    One thread per rank, so that sums have one order.
+    """
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def losses(run_dir: Path) -> list[tuple[int, str, float, float]]:

@@ -1,7 +1,6 @@
 """SIGKILL at any moment, while training or saving: what is there is whole, and the run goes on as if nothing was."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -12,21 +11,18 @@ from pathlib import Path
 import pytest
 
 from parallel import checkpoint_files
+from tests.conftest import hsa_environment
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20
 
 
 def start(directory, *, load):
     job = {"kind": {"name": "adamw"}, "to": STEPS, "save": str(directory), "save_at": list(range(1, STEPS + 1)),
            "load": str(directory) if load else None}  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID"):
-        environment.pop(name, None)
     worker = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("checkpoint_worker.py")), json.dumps([job])]
-    return subprocess.Popen(worker, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(worker, env=hsa_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process):

@@ -1,7 +1,6 @@
 """Two gloo ranks against one: the same losses, checkpoints that go both ways, one rank's fault seen by all."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -9,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import hsa_environment
+
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[2]
 KINDS = {
     "adamw": {"name": "adamw"},
     "adamw, bf16, experts": {"name": "adamw", "bf16": True, "experts": 4},
@@ -29,8 +29,8 @@ def free_port():
 
 def run(ranks, jobs, **sizes):
     """Results of the jobs, run one after the other by a world of this many ranks with these parallel sizes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
+    rendezvous = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**hsa_environment(), **rendezvous}
     worker = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("checkpoint_worker.py")), json.dumps(jobs)]
     worker.append(json.dumps(sizes))
     processes = [

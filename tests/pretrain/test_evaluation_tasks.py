@@ -74,9 +74,10 @@ class Reader(Fake):
 
     def read(self, ids):
         whole = self.tokenizer.decode(ids)
-        key = re.search(r"(?:number for|code of) (\w+) is$", whole)[1]
+        asked = re.search(r"(?:number for|code of) (\w+) is$|(\w+) has the number$", whole)
+        key = asked[1] or asked[2]
         seen = self.tokenizer.decode(ids[-self.sight :] if self.sight else ids)
-        found = re.search(rf"(?:number|numbers|code) (?:for|of) {key} is:? (\d+)\.", seen)
+        found = re.search(rf"(?:(?:number|numbers|code) (?:for|of) {key} is:?|{key} has the number) (\d+)\.", seen)
         return self.tokenizer.encode(f" {found[1]}") if found else []
 
 

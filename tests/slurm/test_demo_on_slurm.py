@@ -63,7 +63,8 @@ def fresh_cluster(tmp_path: Path) -> Iterator[SlurmCluster]:
 def hsa(*arguments: str, environment: dict[str, str] | None = None, launcher: list[str] | None = None) -> str:
     """Run a command of the checkout; its standard output."""
     # One thread: the order of floating-point sums must not depend on how many cores a launcher leaves to a rank.
-    environment = {**(environment or os.environ), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**(environment or os.environ), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *(launcher or []), "-m", "pretrain", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
