@@ -11,17 +11,17 @@ from data_pipeline.errors import DataError
 from data_pipeline.mix import Domain
 from data_pipeline.permutation import permute
 
-_AHEAD = 256  # positions permuted in one vectorised call
+_AHEAD, _LOOKED_UP = 1024, 64  # positions permuted, and documents looked up in the index, in one vectorised call
 
 
 class Reading:
     """One document while it is read: ``document`` counts the lane's documents of the domain from the run's start."""
 
-    __slots__ = ("_opened", "_tokens", "document", "domain", "length", "offset", "row")
+    __slots__ = ("_entry", "_opened", "_tokens", "document", "domain", "length", "offset", "row")
 
-    def __init__(self, domain: Domain, document: int, row: int, offset: int) -> None:
+    def __init__(self, domain: Domain, document: int, row: int, entry: tuple[int, int, int, int], offset: int) -> None:
         self.domain, self.document, self.row, self.offset = domain, document, row, offset
-        self.length = int(domain.shards.index[row]["length"])
+        self._entry, self.length = entry, entry[1]
         self._tokens: np.ndarray | None = None
         self._opened = False
         if offset >= self.length:
@@ -35,20 +35,24 @@ class Reading:
 
         The document is checked against its checksum when it is opened, and kept if it is small.
         """
-        shards = self.domain.shards
         if not self._opened:
-            self._tokens = shards.document(self.row)
+            self._tokens = self.domain.shards.load(self.row, *self._entry)
             self._opened = True
         start = self.offset
-        n = min(limit, self.length - start)
-        more = start + n < self.length
-        if self._tokens is not None:
-            tokens = self._tokens[start : start + n + more]
-        else:
-            tokens = shards.read(self.row, start, n + more)
-        if int(tokens.max()) >= shards.vocab_size:
-            shards.refuse_token(self.row, int(tokens.max()))
-        self.offset += n
+        end = min(start + limit, self.length)
+        self.offset = end
+        if self._tokens is None:
+            return self._read(start, end)
+        if end < self.length:
+            return self._tokens[start:end], int(self._tokens[end])
+        return self._tokens[start:end], -1
+
+    def _read(self, start: int, end: int) -> tuple[np.ndarray, int]:
+        shards = self.domain.shards
+        more = end < self.length
+        tokens = shards.read(self.row, start, end - start + more)
+        if (largest := int(tokens.max())) >= shards.vocab_size:
+            shards.refuse_token(self.row, largest)
         return (tokens[:-1], int(tokens[-1])) if more else (tokens, -1)
 
 
@@ -62,8 +66,10 @@ class Cursor:
     def __init__(self, domain: Domain, lane: int, lanes: int, buffer_size: int, saved: dict[str, Any]) -> None:
         self.domain, self._lane, self._lanes, self._buffer_size = domain, lane, lanes, buffer_size
         self.document, self.offset = int(saved["document"]), int(saved["offset"])
-        self._block = -1
-        self._rows = np.empty(0, dtype=np.int64)
+        self._block = self._part = -1
+        self._block_rows = np.empty(0, dtype=np.int64)
+        self._rows: list[int] = []
+        self._entries: list[tuple[int, int, int, int]] = []
         self._current: Reading | None = None
         self._end = sys.maxsize if domain.positions is None else max(0, -(-(domain.positions - lane) // lanes))
         self.pending = [self._open(int(document), int(offset)) for document, offset in saved.get("buffer", [])]
@@ -125,11 +131,13 @@ class Cursor:
         return chosen
 
     def _open(self, document: int, offset: int) -> Reading:
-        block = document // _AHEAD
-        if block != self._block:
-            steps = np.arange(block * _AHEAD, (block + 1) * _AHEAD, dtype=np.int64)
-            self._rows = self.domain.rows(
-                permute(self._lane + steps * self._lanes, self.domain.documents, self.domain.key)
-            )
-            self._block = block
-        return Reading(self.domain, document, int(self._rows[document % _AHEAD]), offset)
+        part, number = divmod(document, _LOOKED_UP)
+        if part != self._part:
+            block, first = divmod(part * _LOOKED_UP, _AHEAD)
+            if block != self._block:
+                steps = np.arange(block * _AHEAD, (block + 1) * _AHEAD, dtype=np.int64)
+                numbers = permute(self._lane + steps * self._lanes, self.domain.documents, self.domain.key)
+                self._block, self._block_rows = block, self.domain.rows(numbers)
+            rows = self._block_rows[first : first + _LOOKED_UP]
+            self._part, self._rows, self._entries = part, rows.tolist(), self.domain.shards.index[rows].tolist()
+        return Reading(self.domain, document, self._rows[number], self._entries[number], offset)

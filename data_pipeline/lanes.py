@@ -99,8 +99,8 @@ class _Lane:
     def _domain(self) -> int:
         """The domain furthest behind its share of tokens that may still be read."""
         best, lowest = -1, math.inf
-        for i, inverse in enumerate(self._stream._inverse_weights):
-            due = self.spent[i] * inverse
+        for i, (inverse, spent) in enumerate(zip(self._stream._inverse_weights, self.spent, strict=True)):
+            due = spent * inverse
             if due < lowest and not self.cursors[i].used_up:
                 best, lowest = i, due
         if best < 0:
@@ -154,20 +154,23 @@ class _Lane:
         context, chunk = self._stream.context, self._stream.chunk_size
         weight = self._stream.synthetic.text_weight
         tokens, labels, weights, documents, domains = (out[k][row] for k in _ARRAYS)
-        position = number = 0
+        weights[:] = weight
+        position, number, ends = 0, 0, []
         while position < context:
             domain, piece, after = self.take(context - position, fit=position > 0)
             end = position + len(piece)
             stop = -(-end // chunk) * chunk
             tokens[position:end] = piece
-            labels[position : end - 1] = piece[1:]
-            weights[position : end - 1] = weight
-            if after >= 0:
-                labels[end - 1] = after
-                weights[end - 1] = weight
             documents[position:stop] = number
             domains[position:stop] = domain
+            if after < 0:
+                ends.append((end - 1, stop))
             position, number = stop, number + 1
+        labels[:-1] = tokens[1:]
+        labels[-1] = max(after, 0)
+        for last, stop in ends:  # nothing follows a document's last token, nor the padding behind it
+            labels[last:stop] = 0
+            weights[last:stop] = 0.0
 
     def _fill_synthetic(self, out: dict[str, np.ndarray], row: int) -> None:
         stream = self._stream

@@ -181,15 +181,23 @@ class ShardSet:
 
     def document(self, document: int) -> np.ndarray | None:
         """All tokens of a document, checked against its checksum; None (checked, not kept) above ``WHOLE`` tokens."""
-        row = self.index[document]
-        if int(row["length"]) > WHOLE:
+        return self.load(document, *self.index[document].tolist())
+
+    def load(self, document: int, offset: int, length: int, shard: int, crc32: int) -> np.ndarray | None:
+        """:meth:`document` with the index row at hand: one read, checks of header, checksum and vocabulary."""
+        if length > WHOLE:
             self.check_document(document)
             return None
-        size, offset = int(row["length"]) * self.dtype.itemsize, int(row["offset"])
-        data = self._pread(int(row["shard"]), _BLOCK + size, offset - _BLOCK)
-        self._check_header(row, data)
-        self._check_crc(row, zlib.crc32(memoryview(data)[_BLOCK:]))
-        return np.frombuffer(data, dtype=self.dtype, offset=_BLOCK)
+        size = length * self.dtype.itemsize
+        data = self._pread(shard, _BLOCK + size, offset - _BLOCK)
+        if data[257:262] != b"ustar" or data[124:135] != b"%011o" % size:
+            self._check_header(self.index[document], data)
+        if zlib.crc32(memoryview(data)[_BLOCK:]) != crc32:
+            self._refuse_crc(self.index[document])
+        tokens = np.frombuffer(data, dtype=self.dtype, offset=_BLOCK)
+        if (largest := int(tokens.max())) >= self.vocab_size:
+            self.refuse_token(document, largest)
+        return tokens
 
     def refuse_token(self, document: int, token: int) -> NoReturn:
         """Raise the DataError for a token outside the vocabulary."""
@@ -219,10 +227,13 @@ class ShardSet:
 
     def _check_crc(self, row: np.void, crc: int) -> None:
         if crc != int(row["crc32"]):
-            raise DataError(
-                f"{self.shard_files[int(row['shard'])]} is damaged: the document at byte {int(row['offset'])} "
-                f"has another checksum; {_REMAKE}"
-            )
+            self._refuse_crc(row)
+
+    def _refuse_crc(self, row: np.void) -> NoReturn:
+        raise DataError(
+            f"{self.shard_files[int(row['shard'])]} is damaged: the document at byte {int(row['offset'])} "
+            f"has another checksum; {_REMAKE}"
+        )
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         handle = self._open.get(shard)
