@@ -16,6 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 # FlexAttention's block of queries and of keys.
 _BLOCK = 128
 _SHORTEST = 128
+# Longer inputs go in segments: the block lists of FlexAttention are quadratic in the number of blocks.
+_SEGMENT = 1 << 17
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -36,6 +38,12 @@ def flex_window(
 ) -> Tensor:
     """Shapes and rule in `reference.sliding_window_attention`."""
     length = q.shape[1]
+    if length > _SEGMENT and window < length:
+        parts = [
+            flex_window(q[:, i : i + _SEGMENT], k, v, window, documents, key_offset + i, scale)
+            for i in range(0, length, _SEGMENT)
+        ]
+        return torch.cat(parts, 1)
     # Keys out of reach go first: then the offset, a constant of the compiled mask, takes few values while streaming.
     start, stop = max(0, key_offset - window + 1), key_offset + length
     k, v, key_offset = k[:, start:stop], v[:, start:stop], key_offset - start

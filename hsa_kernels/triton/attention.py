@@ -59,8 +59,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, 
         return f"chunk size {chunk_size} (16, 32, 64 or 128)"
     if ratio not in (1, 2, 4, 8, 16, 32):
         return f"{ratio} query heads per key/value head (1, 2, 4, 8, 16 or 32)"
-    if not 1 <= indices.shape[-1] <= 256:
-        return f"{indices.shape[-1]} chunks per token (1 to 256)"
+    if not 1 <= indices.shape[-1] <= 1024:
+        return f"{indices.shape[-1]} chunks per token (1 to 1024)"
     if q.dtype == torch.float32 and chunk_size * dim > 8192:
         return f"float32 chunks of {chunk_size} x {dim} (the tiles exceed the shared memory)"
     if q.numel() == 0 or k.numel() == 0:

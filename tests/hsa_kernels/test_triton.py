@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-# Decided before the kernels are imported; a machine with a GPU runs them for real.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton")
 
@@ -222,6 +216,25 @@ def test_decode_equals_the_oracle(heads, select_heads, ratio, chunks, top_k, kin
     got = hsa_decode(*args, top_k=top_k, chunk_size=size, softmax_scale=0.3, backend="triton")
     want = hsa_decode(*args, top_k=top_k, chunk_size=size, softmax_scale=0.3, backend="reference")
     assert got.shape == q.shape and relative(got, want) <= 1e-5 and torch.equal(got[2], torch.zeros_like(got[2]))
+
+
+def test_loop_order_follows_the_head_ratio_and_the_overlap(monkeypatch):
+    used = []
+    for name in ("forward_union", "forward_chunks"):
+        real = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, _n=name, _r=real, **kw: used.append(_n) or _r(*a, **kw))
+    wide, ids, _ = make(1, 4, 1, 8, 2, 16, 16, 2)
+    narrow, narrow_ids, _ = make(1, 4, 1, 4, 2, 16, 16, 2)
+    attention.forget_overlap()
+    attention.forward(*wide, ids, 16, 1.0)
+    attention.forward(*narrow, narrow_ids, 16, 1.0)
+    monitor = attention._monitors[(wide[0].device, 8, 2, 4)]
+    monkeypatch.setattr(monitor, "read", lambda: 3.0)
+    attention.forward(*wide, ids, 16, 1.0)
+    monkeypatch.setattr(monitor, "read", lambda: 1.5)
+    attention.forward(*wide, ids, 16, 1.0)
+    assert used == ["forward_union", "forward_chunks", "forward_chunks", "forward_union"]
+    attention.forget_overlap()
 
 
 def test_operators_pass_torch_checks():
