@@ -182,7 +182,7 @@ def reading(path: Path, add: Add) -> None:
     for context, chunk in _SHAPES:
         stream = _open(path, context, chunk)
         shape = stream.next_arrays()["tokens"].shape
-        batches = max(2, 4_000_000 // (shape[0] * shape[1]))
+        batches = max(2, min(4_000_000, shards.tokens) // (shape[0] * shape[1]))
         size = batches * shape[0] * shape[1]
         order = documents_read(stream, batches)
         ours, plain = [], []
@@ -194,12 +194,13 @@ def reading(path: Path, add: Add) -> None:
     for name, changes in (("best_fit", {"packing": "best_fit"}), ("1 % synthetic", {"rate": 0.01})):
         stream = _open(path, 4096, 64, **changes)
         stream.next_arrays()
-        seconds = _best(functools.partial(_read, stream, 60))
-        add(f"read, context 4096, chunk 64, {name}", 60 * 65536 / seconds / 1e6, "M tokens/s")
+        batches = max(2, min(4_000_000, shards.tokens) // 65536)
+        seconds = _best(functools.partial(_read, stream, batches))
+        add(f"read, context 4096, chunk 64, {name}", batches * 65536 / seconds / 1e6, "M tokens/s")
     for packing in ("split", "best_fit"):
         stream = _open(path, 4096, 64, packing=packing)
         counts, pad, pieces, ends = np.zeros(3), 0, 0, 0
-        for _ in range(160):
+        for _ in range(max(2, min(10_500_000, 2 * shards.tokens) // 65536)):
             batch = stream.next_arrays()
             real = batch["tokens"] != stream.tokenizer.pad_id
             counts += np.bincount(batch["domains"][real], minlength=3)[:3]
@@ -214,12 +215,6 @@ def reading(path: Path, add: Add) -> None:
             padding_percent=float(100 * pad / (pad + counts.sum())),
             cuts_per_million_tokens=float(1e6 * (pieces - ends) / counts.sum()),
         )
-    try:
-        import megatron.energon  # noqa: F401
-
-        add("megatron-energon is installed; its rate on packed text", float("nan"), "not measured here")
-    except ImportError:
-        print("megatron-energon is not installed: no row for it")
 
 
 _RESUME = """

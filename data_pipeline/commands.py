@@ -6,12 +6,11 @@ import argparse
 import json
 import time
 
-import numpy as np
-
 from data_pipeline.array import array_of_environment, merge
 from data_pipeline.cleaning import DEDUP, MAX_DOCUMENT_BYTES
 from data_pipeline.errors import DataError
-from data_pipeline.shards import ShardSet, verify
+from data_pipeline.inspecting import inspect, inspect_recipe, picture, tree
+from data_pipeline.shards import verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,10 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     join.add_argument("path", metavar="DIR", help="the --out of the tasks")
 
     show = command(
-        "inspect", "Show domains, counts, lengths and fingerprints of token shards.", "hsa data inspect shards"
+        "inspect",
+        "Show domains, counts, lengths and fingerprints of token shards, or a recipe's mixes with shares and epochs.",
+        "hsa data inspect shards\n  hsa data inspect recipes/demo.yaml --picture mix.png",
     )
-    show.add_argument("path", metavar="DIR")
+    show.add_argument("path", metavar="DIR|RECIPE.yaml")
     show.add_argument("--json", action="store_true", help="machine-readable")
+    show.add_argument("--picture", metavar="FILE", help="write a picture of lengths and epochs (PNG)")
 
     check = command("verify", "Check every byte of token shards: hashes, counts, index, ids.", "hsa data verify shards")
     check.add_argument("path", metavar="DIR")
@@ -109,8 +111,11 @@ def main(args: argparse.Namespace) -> int:
     elif args.data_command == "merge":
         merge(args.path)
     elif args.data_command == "inspect":
-        summary = inspect(args.path)
-        print(json.dumps(summary) if args.json else _tree(summary))
+        recipe = args.path.endswith((".yaml", ".yml"))
+        summary = inspect_recipe(args.path) if recipe else inspect(args.path)
+        print(json.dumps(summary) if args.json else tree(summary))
+        if args.picture:
+            picture(summary, args.picture)
     else:
         started = time.monotonic()
         manifest = verify(args.path)
@@ -119,56 +124,3 @@ def main(args: argparse.Namespace) -> int:
             f"{manifest['tokens']:,} tokens are as written ({time.monotonic() - started:.1f} s)"
         )
     return 0
-
-
-def inspect(path: str) -> dict:
-    """Totals, fingerprints and per domain: documents, tokens, shards, length quantiles and tokens by length class."""
-    data = ShardSet(path)
-    domains = []
-    for domain, entry in zip(data.domains, data.manifest["domains"], strict=True):
-        lengths = np.asarray(data.index["length"][domain.first : domain.first + domain.documents], dtype=np.int64)
-        quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int).tolist()
-        classes = np.floor(np.log2(lengths)).astype(int)
-        tokens = np.bincount(classes, weights=lengths).astype(int)
-        domains.append(
-            {
-                "name": domain.name,
-                "documents": domain.documents,
-                "tokens": domain.tokens,
-                "shards": entry["shards"],
-                "length_quantiles": dict(zip(("min", "p10", "p50", "p90", "max"), quantiles, strict=True)),
-                "tokens_by_length": {str(1 << i): int(n) for i, n in enumerate(tokens) if n},
-            }
-        )
-    return {
-        "path": str(path),
-        "dtype": data.dtype_name,
-        "documents": data.documents,
-        "tokens": data.tokens,
-        "shards": len(data.shard_files),
-        "fingerprint": data.fingerprint,
-        "tokenizer": data.manifest["tokenizer"],
-        "domains": domains,
-    }
-
-
-def _tree(summary: dict) -> str:
-    tokenizer = summary["tokenizer"]
-    lines = [
-        f"{summary['path']}  {summary['documents']:,} documents, {summary['tokens']:,} tokens ({summary['dtype']}), "
-        f"{summary['shards']} shards, fingerprint {summary['fingerprint'][:12]}",
-        f"├─ tokenizer  {tokenizer['vocab_size']:,} entries, eos {tokenizer['eos_id']}, fingerprint "
-        f"{tokenizer['fingerprint'][:12]}",
-    ]
-    for number, domain in enumerate(summary["domains"]):
-        last = number == len(summary["domains"]) - 1
-        lines.append(
-            f"{'└─' if last else '├─'} {domain['name']}  {domain['documents']:,} documents, "
-            f"{domain['tokens']:,} tokens ({domain['tokens'] / summary['tokens']:.1%}), {domain['shards']} shards"
-        )
-        bar = "   " if last else "│  "
-        lines.append(f"{bar}  length " + ", ".join(f"{k} {v:,}" for k, v in domain["length_quantiles"].items()))
-        for low, tokens in domain["tokens_by_length"].items():
-            share = tokens / domain["tokens"]
-            lines.append(f"{bar}  {int(low):>10,}+ {'█' * round(30 * share):<30} {100 * share:5.1f} % of the tokens")
-    return "\n".join(lines)

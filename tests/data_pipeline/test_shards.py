@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from data_pipeline.config import DataConfig, MixEntry
 from data_pipeline.errors import DataError
-from data_pipeline.lanes import open_stream
+from data_pipeline.lanes import BatchStream, open_stream
 from data_pipeline.shards import ShardSet, verify, write_manifest, write_shard
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
@@ -150,16 +151,42 @@ def test_a_shard_that_vanishes_while_reading_is_named(copied: Path) -> None:
             assert len(shards._open) == 1
 
 
-def test_many_shards_open_quickly_without_opening_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Opening 2,000 shards reads the manifest and the sizes only; a batch opens what it needs."""
+def test_ten_thousand_shards_cost_no_more_than_what_is_read(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening 10,000 shards opens none of them and takes little memory; a batch opens what it reads, once; a saved
+    position is continued without reading what lies before it."""
     shutil.copy(tokenizer.path, tmp_path / "tokenizer.json")
     rows = write_shard(tmp_path / "first.tar", [({}, np.array([7, 8, 9, 0]))] * 3, "uint16")
     files = []
-    for number in range(2000):
+    for number in range(10_000):
         file = tmp_path / f"x-{number:06d}.tar"
         file.hardlink_to(tmp_path / "first.tar")
         files.append({"file": file.name, "domain": "x", "bytes": file.stat().st_size, "sha256": ""})
     write_manifest(tmp_path, tokenizer, "uint16", files, [rows.copy() for _ in files], {})
-    shards = ShardSet(tmp_path)
-    assert shards.documents == 6000 and not shards._open
-    read_all(tmp_path, batches=3)
+    reads: list[int] = []
+    pread = ShardSet._pread
+    monkeypatch.setattr(ShardSet, "_pread", lambda self, shard, *a: (reads.append(shard), pread(self, shard, *a))[1])
+    config = DataConfig(tokenizer=str(tmp_path), mix=[MixEntry("x", str(tmp_path), 1.0)])
+    options = {"lanes": 2, "lane_ids": [0, 1], "batch": 2, "context": 256, "chunk_size": 16, "seed": 1}
+
+    def open_it() -> BatchStream:
+        return open_stream(config, **options, synthetic={"rate": 0.0})
+
+    tracemalloc.start()
+    stream = open_it()
+    assert not reads and not stream._domains[0].shards._open
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+    for _ in range(20):
+        stream.next_arrays()
+    assert len(reads) == 20 * 2 * 256 // 16  # one read for each of the documents
+    assert len(stream._domains[0].shards._open) <= 128
+    state = stream.state_dict()
+    expected = stream.next_arrays()
+    reads.clear()
+    again = open_it()
+    again.load_state_dict(state)
+    assert not reads
+    assert np.array_equal(again.next_arrays()["tokens"], expected["tokens"])
+    assert len(reads) == 2 * 256 // 16
