@@ -62,7 +62,7 @@ def inspect_recipe(path: str | Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     try:
-        raw = OmegaConf.load(path)
+        raw: Any = OmegaConf.load(path)
         plain: Any = OmegaConf.to_container(raw)
         data: DataConfig = OmegaConf.to_object(  # type: ignore[assignment]
             OmegaConf.merge(OmegaConf.structured(DataConfig), raw["data"])

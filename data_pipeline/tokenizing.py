@@ -32,6 +32,7 @@ from data_pipeline.processes import exit_with_parent
 from data_pipeline.shards import dtype_for, sha256_file, write_array, write_atomically, write_manifest, write_shard
 from data_pipeline.sources import Document, find_sources, is_compressed, read_documents
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from data_pipeline.tokenizer_files import tokenizer_text
 
 _PIECE = 1 << 16  # characters of text that are kept or left together when sampling for the BPE
 _BATCH = 1 << 20  # characters encoded in one call
@@ -54,10 +55,11 @@ def tokenize(
 ) -> dict[str, Any]:
     """Write the shards of ``sources`` to the new folder ``out`` and return the manifest.
 
-    tokenizer: path of a ``tokenizer.json``, or ``bpe:N`` to train a byte-level BPE of N entries on an even sample of
-    at most ``bpe_bytes`` of the text. domain: label for all documents instead of their own. shard_bytes: text per
-    shard. workers: processes, by default one per core. strict: a broken record stops instead of going to
-    ``quarantine.jsonl``. dedup: one of :data:`data_pipeline.cleaning.DEDUP`. max_bytes: a longer document counts as
+    tokenizer: path of a ``tokenizer.json``, a ``.model`` of SentencePiece or ``.tiktoken`` ranks (see
+    :func:`~data_pipeline.tokenizer_files.tokenizer_text`), or ``bpe:N`` to train a byte-level BPE of N entries on an
+    even sample of at most ``bpe_bytes`` of the text. domain: label for all documents instead of their own.
+    shard_bytes: text per shard. workers: processes, by default one per core. strict: a broken record stops instead of
+    going to ``quarantine.jsonl``. dedup: one of :data:`data_pipeline.cleaning.DEDUP`. max_bytes: a longer document counts as
     broken. array: (index, size) takes this task's share of the files, writes it beside ``out``, for
     :func:`data_pipeline.array.merge`, and returns what the merge needs.
 
@@ -75,7 +77,7 @@ def tokenize(
         prefix, staging = f"{array[0]:04d}-", task_folder(out, *array)
     request = {
         "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-        "tokenizer": tokenizer if tokenizer.startswith("bpe:") else load_tokenizer(tokenizer).fingerprint,
+        "tokenizer": tokenizer if tokenizer.startswith("bpe:") else _fingerprint(tokenizer_text(tokenizer)),
         "domain": domain,
         "shard_bytes": shard_bytes,
         "bpe_bytes": bpe_bytes,
@@ -130,6 +132,10 @@ def tokenize(
     return manifest
 
 
+def _fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def report(out: Path, manifest: dict[str, Any], seconds: float, say: Callable[[str], None]) -> None:
     """Say what was made and, whatever it is, what was left out."""
     tokens, size = manifest["tokens"], manifest["text_bytes"]
@@ -178,7 +184,7 @@ def _tokenizer(staging: Path, choice: str, files: list[Path], bpe_bytes: int, sa
             text = train_bpe(_sample(files, bpe_bytes), int(size))
             say(f"trained a byte-level BPE of {int(size):,} entries in {time.monotonic() - started:.1f} s")
         else:
-            text = Path(load_tokenizer(choice).path).read_text(encoding="utf-8")
+            text = tokenizer_text(choice)
         write_atomically(file, text.encode("utf-8"))
     return load_tokenizer(file)
 
