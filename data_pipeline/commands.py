@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         required=True,
         metavar="T",
-        help="a tokenizer.json, SentencePiece .model or .tiktoken ranks, or bpe:N to train a byte-level BPE of N entries",
+        help="tokenizer.json, SentencePiece .model, .tiktoken ranks, or bpe:N to train a byte-level BPE of N entries",
     )
     make.add_argument(
         "--domain", help="domain of all documents (default: a record's own, the JSONL file's name, or text)"

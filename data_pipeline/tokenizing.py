@@ -59,8 +59,8 @@ def tokenize(
     :func:`~data_pipeline.tokenizer_files.tokenizer_text`), or ``bpe:N`` to train a byte-level BPE of N entries on an
     even sample of at most ``bpe_bytes`` of the text. domain: label for all documents instead of their own.
     shard_bytes: text per shard. workers: processes, by default one per core. strict: a broken record stops instead of
-    going to ``quarantine.jsonl``. dedup: one of :data:`data_pipeline.cleaning.DEDUP`. max_bytes: a longer document counts as
-    broken. array: (index, size) takes this task's share of the files, writes it beside ``out``, for
+    going to ``quarantine.jsonl``. dedup: one of :data:`data_pipeline.cleaning.DEDUP`. max_bytes: a longer document
+    counts as broken. array: (index, size) takes this task's share of the files, writes it beside ``out``, for
     :func:`data_pipeline.array.merge`, and returns what the merge needs.
 
     Raises DataError when ``out`` exists, for unreadable sources and when they hold no text.
