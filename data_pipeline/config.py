@@ -22,7 +22,8 @@ DEFAULT_TASKS = {
 class MixEntry:
     """One domain of the mix.
 
-    name: label in metrics and in the saved position. path: folder written by ``hsa data tokenize``. weight: share of
+    name: label in metrics and in the saved position. path: folder written by ``hsa data tokenize``, also behind
+    ``http(s)://`` or ``pipe:command {file}`` (see ``remote.py``). weight: share of
     the TOKENS, relative to the other entries. domain: which domain of the folder; null takes the one called ``name``,
     or the only one there is; ``"*"`` takes all of them. max_epochs: a lane that has read its part of so many epochs
     leaves the domain out, and its share goes to the others; null repeats without end. min_length: only documents of at

@@ -27,7 +27,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.remote import RemoteFolder, is_remote
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "hsa-token-shards"
 VERSION = 1
@@ -122,13 +123,17 @@ class ShardSet:
     """An opened folder of shards; documents are numbered by their row in the index.
 
     Opening reads the manifest, maps the index and compares file sizes (no shard is opened). Reading opens shards when
-    they are first needed and keeps at most ``max_open`` of them open.
+    they are first needed and keeps at most ``max_open`` of them open. A folder behind a URL or ``pipe:`` (see
+    ``remote.py``) is fetched file by file into a cache.
 
     Raises DataError, naming the file and what to do, for a missing, truncated or foreign file.
     """
 
     def __init__(self, path: str | Path, *, max_open: int = 128) -> None:
-        self.path = Path(path)
+        self._remote = RemoteFolder(str(path)) if is_remote(path) else None
+        self.path = Path(path) if self._remote is None else self._remote.path
+        if self._remote is not None:
+            self._remote.fetch("manifest.json")
         manifest = read_manifest(self.path)
         self.manifest = manifest
         self.dtype_name: str = manifest["dtype"]
@@ -140,9 +145,12 @@ class ShardSet:
         self.tokens: int = manifest["tokens"]
         self.domains = [Domain(d["name"], d["first"], d["documents"], d["tokens"]) for d in manifest["domains"]]
         self.shard_files = [self.path / shard["file"] for shard in manifest["shards"]]
-        for file, shard in zip(self.shard_files, manifest["shards"], strict=True):
-            _check_size(file, shard["bytes"])
         index_file = self.path / manifest["index"]["file"]
+        if self._remote is None:
+            for file, shard in zip(self.shard_files, manifest["shards"], strict=True):
+                _check_size(file, shard["bytes"])
+        else:
+            self._remote.fetch(index_file.name, manifest["index"]["bytes"], manifest["index"]["sha256"])
         _check_size(index_file, manifest["index"]["bytes"])
         try:
             self.index = np.load(index_file, mmap_mode="r")
@@ -152,6 +160,13 @@ class ShardSet:
             raise DataError(f"{index_file} does not describe the {self.documents} documents of the manifest; {_REMAKE}")
         self._max_open = max_open
         self._open: OrderedDict[int, int] = OrderedDict()
+
+    def local(self, shard: int) -> Path:
+        """The file of a shard on this machine, fetched if it lies elsewhere."""
+        if self._remote is not None:
+            entry = self.manifest["shards"][shard]
+            self._remote.fetch(entry["file"], entry["bytes"], entry["sha256"])
+        return self.shard_files[shard]
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise DataError unless ``tokenizer`` is the one that made the ids."""
@@ -238,6 +253,7 @@ class ShardSet:
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         handle = self._open.get(shard)
         if handle is None:
+            self.local(shard)
             try:
                 handle = os.open(self.shard_files[shard], os.O_RDONLY)
             except OSError as error:
@@ -360,6 +376,10 @@ def verify(path: str | Path) -> dict[str, Any]:
         (data.path / manifest["tokenizer"]["file"], manifest["tokenizer"]["fingerprint"]),
     ]
     hashes += [(f, s["sha256"]) for f, s in zip(data.shard_files, manifest["shards"], strict=True)]
+    if is_remote(path):
+        load_tokenizer(path)
+        for shard in range(len(data.shard_files)):
+            data.local(shard)
     for file, _ in hashes[:2]:
         if not file.is_file():
             raise DataError(f"{file} is missing; {_REMAKE}")

@@ -103,11 +103,13 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load ``path``: a ``tokenizer.json`` or a folder that holds one.
+    """Load ``path``: a ``tokenizer.json`` or a folder (also a remote one) that holds one.
 
     Raises DataError when there is none, when it cannot be read, or when it has no end-of-document token.
     """
-    file = Path(path)
+    from data_pipeline.remote import RemoteFolder, is_remote
+
+    file = RemoteFolder(str(path)).fetch("tokenizer.json") if is_remote(path) else Path(path)
     if file.is_dir():
         file = file / "tokenizer.json"
     if not file.is_file():
