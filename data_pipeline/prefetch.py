@@ -79,6 +79,10 @@ class PrefetchingStream:
         """Epochs of every domain finished by the batches handed out."""
         return self._stream.epochs(self._state)
 
+    def skipped(self) -> dict[str, int]:
+        """Documents that could not be read and were skipped, by shard file, in the batches handed out."""
+        return self._stream.skipped(self._state)
+
     def close(self) -> None:
         """End the reader process."""
         self._stop.set()

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.config import DataConfig, MixEntry
@@ -76,6 +78,28 @@ def test_same_batches_through_kills_and_the_state_is_never_ahead(data: DataConfi
         assert equal(ahead.next_batch(), plain.next_batch())
         pid = ahead.reader_pid
     assert gone(pid)
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(schedule=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["reader", "trainer"])), min_size=1, max_size=4))
+def test_any_kills_of_reader_and_trainer(data: DataConfig, schedule) -> None:
+    """A killed reader is replaced, a killed trainer starts again from what it saved, with its own read-ahead."""
+    plain = open_(data)
+    ahead = PrefetchingStream(open_(data), depth=2)
+    try:
+        for batches, victim in [*schedule, (2, "reader")]:
+            for _ in range(batches):
+                assert equal(ahead.next_batch(), plain.next_batch())
+            kill_reader(ahead)
+            if victim == "trainer":
+                state = ahead.state_dict()
+                ahead.close()
+                ahead = PrefetchingStream(open_(data), depth=3)
+                ahead.load_state_dict(state)
+        assert equal(ahead.next_batch(), plain.next_batch())
+        assert ahead.skipped() == {}
+    finally:
+        ahead.close()
 
 
 def test_reader_errors_arrive_as_they_are(data: DataConfig, shards: Path, tmp_path: Path) -> None:
