@@ -38,14 +38,13 @@ class Reading:
         if not self._opened:
             self._tokens = self.domain.shards.load(self.row, *self._entry)
             self._opened = True
-        start = self.offset
-        end = min(start + limit, self.length)
-        self.offset = end
-        if self._tokens is None:
+        start, tokens = self.offset, self._tokens
+        self.offset = end = min(start + limit, self.length)
+        if tokens is None:
             return self._read(start, end)
         if end < self.length:
-            return self._tokens[start:end], int(self._tokens[end])
-        return self._tokens[start:end], -1
+            return tokens[start:end], int(tokens[end])
+        return (tokens[start:] if start else tokens), -1
 
     def _read(self, start: int, end: int) -> tuple[np.ndarray, int]:
         shards = self.domain.shards
@@ -103,9 +102,12 @@ class Cursor:
         elif self._current is None:
             self._current = self._open(self.document, self.offset)
         tokens, after = self._current.take(limit)
-        if after < 0:
-            self.skip()
-        elif not self._buffer_size:
+        if self._buffer_size:
+            if after < 0:
+                self.skip()
+        elif after < 0:
+            self.document, self.offset, self._current = self.document + 1, 0, None
+        else:
             self.offset = self._current.offset
         return tokens, after
 

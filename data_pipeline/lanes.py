@@ -54,7 +54,12 @@ class _Lane:
     def _draw_from_start(self) -> None:
         """A new mix: random phases of up to one sequence, so that lanes do not draw the same domain in step."""
         rng = np.random.default_rng(seed_key(self._stream.seed, "mix", self._stream._mix_id, self.number))
-        self.spent = [int(u * self._stream.context) for u in rng.random(len(self.cursors))]
+        self._spend([int(u * self._stream.context) for u in rng.random(len(self.cursors))])
+
+    def _spend(self, spent: list[int]) -> None:
+        """Tokens drawn from each domain, and the same divided by its weight: the least is due."""
+        self.spent = spent
+        self._due = [n * inverse for n, inverse in zip(spent, self._stream._inverse_weights, strict=True)]
 
     def state(self) -> dict[str, Any]:
         domains = dict(self._others)
@@ -92,29 +97,26 @@ class _Lane:
             self.cursors[i] = self._cursor(domain, saved)
         self.skipped = dict(state.get("skipped", {}))
         if state["mix"]["id"] == stream._mix_id:
-            self.spent = [int(s) for s in state["mix"]["spent"]]
+            self._spend([int(s) for s in state["mix"]["spent"]])
         else:
             self._draw_from_start()
 
-    def _domain(self) -> int:
-        """The domain furthest behind its share of tokens that may still be read."""
-        best, lowest = -1, math.inf
-        for i, (inverse, spent) in enumerate(zip(self._stream._inverse_weights, self.spent, strict=True)):
-            due = spent * inverse
-            if due < lowest and not self.cursors[i].used_up:
-                best, lowest = i, due
-        if best < 0:
-            raise DataError(
-                f"lane {self.number} has read max_epochs of every domain of the mix; raise max_epochs, add data, or "
-                "end the stage earlier"
-            )
-        return best
-
     def take(self, limit: int, fit: bool = False) -> tuple[int, np.ndarray, int]:
-        """(domain, 1..limit tokens, next token or -1) of what comes next; ``fit``: a whole document if one fits."""
+        """(domain, 1..limit tokens, next token or -1) from the domain furthest behind its share of tokens that may
+        still be read; ``fit``: a whole document if one fits."""
+        due = self._due
         while True:
-            best = self._domain()
+            lowest = min(due)
+            best = due.index(lowest)
             cursor = self.cursors[best]
+            if cursor.used_up:
+                if lowest == math.inf:
+                    raise DataError(
+                        f"lane {self.number} has read max_epochs of every domain of the mix; raise max_epochs, add "
+                        "data, or end the stage earlier"
+                    )
+                due[best] = math.inf
+                continue
             try:
                 tokens, after = cursor.take(limit, fit)
             except DataError as error:
@@ -122,7 +124,8 @@ class _Lane:
                     raise
                 self._count_skipped(cursor.domain, cursor.skip(), error)
                 continue
-            self.spent[best] += len(tokens)
+            self.spent[best] = spent = self.spent[best] + len(tokens)
+            due[best] = spent * self._stream._inverse_weights[best]
             return best, tokens, after
 
     def _count_skipped(self, domain: Domain, row: int, error: DataError) -> None:

@@ -42,6 +42,7 @@ _DTYPES: dict[str, tuple[str, np.dtype]] = {
 WHOLE = 1 << 18
 """Documents of at most this many tokens are read and kept whole while a lane goes through them."""
 _BLOCK = 512
+_largest = np.maximum.reduce  # what ndarray.max() does behind two calls in Python
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -207,11 +208,11 @@ class ShardSet:
         data = self._pread(shard, _BLOCK + size, offset - _BLOCK)
         if data[257:262] != b"ustar" or data[124:135] != b"%011o" % size:
             self._check_header(self.index[document], data)
-        if zlib.crc32(memoryview(data)[_BLOCK:]) != crc32:
+        tokens = np.frombuffer(data, self.dtype, -1, _BLOCK)
+        if zlib.crc32(tokens.data) != crc32:
             self._refuse_crc(self.index[document])
-        tokens = np.frombuffer(data, dtype=self.dtype, offset=_BLOCK)
-        if (largest := int(tokens.max())) >= self.vocab_size:
-            self.refuse_token(document, largest)
+        if _largest(tokens) >= self.vocab_size:
+            self.refuse_token(document, int(tokens.max()))
         return tokens
 
     def refuse_token(self, document: int, token: int) -> NoReturn:
