@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+from array import array as integers
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -310,14 +311,14 @@ def _encode_shard(file: str, domain: str, label: str, documents: list[tuple[dict
     staging, tokenizer = _worker
     path = staging / file
     done = staging / (path.stem + ".done.json")
-    digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()
+    hashes = b"".join(text_hash(text) for _, text in documents)
+    digest = hashlib.sha256(json.dumps([meta for meta, _ in documents]).encode() + hashes).hexdigest()
     if done.is_file():
         shard = json.loads(done.read_bytes())
         if shard["text_sha256"] == digest and path.is_file() and path.stat().st_size == shard["bytes"]:
             return shard
     rows = write_shard(path, _encoded(tokenizer, documents), dtype_for(tokenizer.vocab_size))
     write_array(index_of(path), rows)
-    hashes = b"".join(text_hash(text) for _, text in documents)
     write_array(hashes_of(path), np.frombuffer(hashes, dtype="<u8").reshape(-1, 2))
     shard = {
         "file": file,
@@ -345,5 +346,6 @@ def _encoded(
             end += 1
         ids = tokenizer.encode_batch([text for _, text in documents[start:end]])
         for (meta, _), document in zip(documents[start:end], ids, strict=True):
-            yield meta, np.array([*document, tokenizer.eos_id])
+            document.append(tokenizer.eos_id)
+            yield meta, np.frombuffer(integers("I", document), dtype=np.uintc)  # twice as fast as np.array of a list
         start = end
