@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +111,19 @@ def test_parquet(tmp_path: Path, tokenizer: Tokenizer, capsys) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(DataError, match="web.parquet is no Parquet file, damaged or truncated"):
         list(read_documents([file]))
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "datasketch", "sentencepiece"])
+def test_a_missing_package_names_the_extra(package: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    source = jsonl(tmp_path / "a.jsonl", "text")
+    (tmp_path / "b.parquet").write_bytes(b"")
+    (tmp_path / "c.model").write_bytes(b"")
+    calls = {
+        "pyarrow": lambda: tokenize([tmp_path / "b.parquet"], tmp_path / "o", tokenizer.path, workers=1, quiet=True),
+        "datasketch": lambda: tokenize([source], tmp_path / "o", tokenizer.path, dedup="near", workers=1, quiet=True),
+        "sentencepiece": lambda: tokenize([source], tmp_path / "o", str(tmp_path / "c.model"), workers=1, quiet=True),
+    }
+    with pytest.raises(DataError, match=rf"{package}.*hsa-ultralong\[data\]"):
+        calls[package]()
