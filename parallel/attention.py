@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hsa_kernels import ops
 from parallel.compat import (
-    ColumnParallelLinear,
     MegatronModule,
     ProcessGroupCollection,
     RowParallelLinear,
@@ -21,9 +20,11 @@ from parallel.compat import (
     apply_rotary_pos_emb,
     tensor_parallel,
 )
+from parallel.context import key_documents, left_halo
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
 from parallel.norm import RMSNorm
+from parallel.tensor import HeadLinear, whole_sequence
 
 
 @dataclass
@@ -63,12 +64,16 @@ class SlidingWindowSelfAttention(SelfAttention):
 
         hidden_states (L, B, hidden); rotary_pos_emb (n + L, 1, 1, D) angles of positions 0 .. n + L - 1, n the length
         of the halo (only differences of positions matter, so a halo's first token may be called position 0); documents
-        (B, L) int32; halo: keys and values (n, B, Hkv, D) of the n tokens to the left, keys not yet rotated. Returns
+        (B, L) int32; halo: keys and values (n, B, Hkv, D) of the n tokens to the left, keys not yet rotated; under
+        context parallelism they come from the left neighbours, and documents are those of the whole sequence. Returns
         the output (L, B, hidden) and this call's keys and values, halo included, keys not rotated.
         """
         q, k, v = self.get_query_key_value_tensors(hidden_states)
         if halo is not None:
             k, v = torch.cat((halo[0], k)), torch.cat((halo[1], v))
+        else:
+            k, v = left_halo(k, v, window - 1, self.pg_collection.cp)
+            documents = key_documents(documents, k.shape[0], self.pg_collection.cp)
         offset = k.shape[0] - q.shape[0]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -111,36 +116,36 @@ class HierarchicalSparseAttention(MegatronModule):
         super().__init__(config=config)
         self.model = model
         self.schedule = schedule
-        common = {"config": config, "bias": False, "tp_group": pg_collection.tp}
-        query_size = model.num_heads * model.head_dim
-        column = {**common, "init_method": config.init_method, "gather_output": False}
-        self.linear_q = ColumnParallelLinear(config.hidden_size, query_size, **column)
-        self.linear_retrieval = ColumnParallelLinear(config.hidden_size, model.retrieval_dim, **column)
+        self.tp_group = pg_collection.tp
+        retrieval_size = model.retrieval_dim // model.retrieval_heads
+        self.linear_q = HeadLinear(config, model.num_heads, model.head_dim, self.tp_group)
+        self.linear_retrieval = HeadLinear(config, model.retrieval_heads, retrieval_size, self.tp_group)
         self.linear_proj = RowParallelLinear(
-            query_size,
+            model.num_heads * model.head_dim,
             config.hidden_size,
+            config=config,
             init_method=config.output_layer_init_method,
+            bias=False,
             input_is_parallel=True,
             skip_bias_add=True,
-            **common,
+            tp_group=self.tp_group,
         )
         self.q_layernorm = RMSNorm(config, model.head_dim, config.layernorm_epsilon)
-        self.retrieval_layernorm = RMSNorm(
-            config, model.retrieval_dim // model.retrieval_heads, config.layernorm_epsilon
-        )
+        self.retrieval_layernorm = RMSNorm(config, retrieval_size, config.layernorm_epsilon)
         self.checkpoint_core_attention = config.recompute_granularity == "selective"
 
     def forward(
         self, hidden_states: Tensor, memory: ContextMemory, *, documents: Tensor | None = None, query_offset: int = 0
     ) -> Tensor:
-        """hidden_states (L, B, hidden) of tokens query_offset .. query_offset + L - 1; documents (B, keys) int32.
+        """hidden_states (L, B, hidden) of tokens query_offset .. query_offset + L - 1 (L / tensor of them under sequence
+        parallelism); documents (B, keys) int32.
 
-        Returns (L, B, hidden); rows that see no completed chunk are 0 before the output projection.
+        Returns the like of hidden_states; rows that see no completed chunk are 0 before the output projection.
         """
         model = self.model
-        length, batch = hidden_states.shape[:2]
-        q = self.q_layernorm(self.linear_q(hidden_states)[0].view(length, batch, -1, model.head_dim))
-        retrieval = self.linear_retrieval(hidden_states)[0].view(length, batch, model.retrieval_heads, -1)
+        hidden_states = whole_sequence(hidden_states, self.config, self.tp_group)
+        q = self.q_layernorm(self.linear_q(hidden_states))
+        retrieval = self.linear_retrieval(hidden_states)
         # Scores decide which chunks are read at all: fp32 at least, whatever the precision of the run.
         wide = torch.promote_types(retrieval.dtype, torch.float32)
         retrieval = self.retrieval_layernorm(retrieval.to(wide))
@@ -155,9 +160,9 @@ class HierarchicalSparseAttention(MegatronModule):
                 documents=documents,
             )
             weights = ops.selection_weights(scores, indices)
-            if model.retrieval_heads < model.hsa_kv_heads:  # one retrieval shared by all key/value heads
-                indices = indices.expand(-1, -1, model.hsa_kv_heads, -1)
-                weights = weights.expand(-1, -1, model.hsa_kv_heads, -1)
+            if indices.shape[2] < k.shape[2]:  # one retrieval shared by all key/value heads
+                indices = indices.expand(-1, -1, k.shape[2], -1)
+                weights = weights.expand(-1, -1, k.shape[2], -1)
             out = ops.hsa_attention(q.transpose(0, 1), k, v, weights, indices, chunk_size=model.chunk_size)
             return out.transpose(0, 1).flatten(2)
 

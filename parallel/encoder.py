@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,14 @@ from parallel.compat import (
     SelfAttentionSubmodules,
     TransformerConfig,
     build_module,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    sharded_state_dict_default,
 )
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
 from parallel.norm import RMSNorm
+from parallel.tensor import HeadLinear
 
 
 class BidirectionalCoreAttention(nn.Module):
@@ -81,8 +86,12 @@ class EncoderLayer(MegatronModule):
 
 
 def encoder_config(config: TransformerConfig, model: ModelConfig) -> TransformerConfig:
-    """The decoder's configuration with the encoder's own sizes: dense, all heads with keys and values of their own."""
+    """The decoder's configuration with the encoder's own sizes: dense, all heads with keys and values of their own.
+
+    Without sequence parallelism: a chunk is encoded as a whole, and tokens of all chunks are in one batch dimension.
+    """
     config = copy.copy(config)
+    config.sequence_parallel = False
     config.num_moe_experts = None
     config.num_query_groups = model.num_heads
     config.ffn_hidden_size = model.encoder_ffn_hidden_size
@@ -95,28 +104,32 @@ class ChunkEncoder(MegatronModule):
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, pg_collection: ProcessGroupCollection) -> None:
+        self.gathers_input = config.sequence_parallel
         config = encoder_config(config, model)
         super().__init__(config=config)
         self.model = model
+        self.tp_group = pg_collection.tp
         self.cls = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
         config.init_method(self.cls)
         self.layers = nn.ModuleList(EncoderLayer(config, pg_collection, i + 1) for i in range(model.encoder_layers))
         self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-        column = {"config": config, "init_method": config.init_method, "bias": False, "gather_output": False}
-        kv_size = model.hsa_kv_heads * model.head_dim
-        self.linear_k = ColumnParallelLinear(config.hidden_size, kv_size, tp_group=pg_collection.tp, **column)
-        self.linear_v = ColumnParallelLinear(config.hidden_size, kv_size, tp_group=pg_collection.tp, **column)
-        self.linear_landmark = ColumnParallelLinear(
-            config.hidden_size, model.retrieval_dim, tp_group=pg_collection.tp, **column
-        )
+        retrieval_size = model.retrieval_dim // model.retrieval_heads
+        self.linear_k = HeadLinear(config, model.hsa_kv_heads, model.head_dim, self.tp_group)
+        self.linear_v = HeadLinear(config, model.hsa_kv_heads, model.head_dim, self.tp_group)
+        self.linear_landmark = HeadLinear(config, model.retrieval_heads, retrieval_size, self.tp_group)
         self.k_layernorm = RMSNorm(config, model.head_dim, config.layernorm_epsilon)
-        self.landmark_layernorm = RMSNorm(
-            config, model.retrieval_dim // model.retrieval_heads, config.layernorm_epsilon
-        )
+        self.landmark_layernorm = RMSNorm(config, retrieval_size, config.layernorm_epsilon)
 
     def forward(self, hidden_states: Tensor) -> ContextMemory:
-        """hidden_states (C * S, B, hidden), whole chunks only. Each chunk is encoded by itself."""
+        """hidden_states (C * S, B, hidden), whole chunks only (this rank's part of them under sequence parallelism).
+
+        Each chunk is encoded by itself. The memory holds the heads that this rank's query heads read.
+        """
         model = self.model
+        if self.gathers_input:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+            )
         length, batch, hidden = hidden_states.shape
         if length % model.chunk_size:
             raise ValueError(f"the chunk encoder takes whole chunks of {model.chunk_size} tokens, got {length} tokens")
@@ -129,13 +142,24 @@ class ChunkEncoder(MegatronModule):
         x = torch.cat((self.cls.to(x.dtype).expand(1, x.shape[1], hidden), x))
         for layer in self.layers:
             x = layer(x)
-        x = self.final_layernorm(x)
+        x = copy_to_tensor_model_parallel_region(self.final_layernorm(x), group=self.tp_group)
 
         tokens = x[1:].view(model.chunk_size, chunks, batch, hidden).permute(2, 1, 0, 3).reshape(batch, length, hidden)
-        landmarks = self.linear_landmark(x[0].view(chunks, batch, hidden).transpose(0, 1))[0]
-        landmarks = landmarks.view(batch, chunks, model.retrieval_heads, -1)
         return ContextMemory(
-            k=self.k_layernorm(self.linear_k(tokens)[0].view(batch, length, -1, model.head_dim)),
-            v=self.linear_v(tokens)[0].view(batch, length, -1, model.head_dim),
-            landmarks=self.landmark_layernorm(landmarks),
+            k=self.k_layernorm(self.linear_k(tokens)),
+            v=self.linear_v(tokens),
+            landmarks=self.landmark_layernorm(self.linear_landmark(x[0].view(chunks, batch, hidden).transpose(0, 1))),
         )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As Megatron's, which takes the layers of a ModuleList for replicas, split or not."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for index, layer in enumerate(self.layers):
+            state.update(
+                sharded_state_dict_default(
+                    layer, f"{prefix}layers.{index}.", sharded_offsets, metadata, tp_group=self.tp_group
+                )
+            )
+        return state

@@ -30,10 +30,13 @@ from parallel.compat import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from parallel.context import gather_memory
 from parallel.encoder import ChunkEncoder
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
 from parallel.norm import RMSNorm
+from parallel.pipeline import join_payload, split_payload
+from parallel.tensor import heads_of_rank
 
 KeysAndValues = tuple[Tensor, Tensor]
 
@@ -43,7 +46,8 @@ class DecoderLayer(TransformerLayer):
 
     The HSA output feeds the MLP and stays out of the residual stream ("bypass", arXiv 2510.17196). `kind` is "swa" (no
     h), "hsa" (r = x) or "swa+hsa". The first HSA layer of a model also owns the chunk encoder: it turns its own input,
-    the lower decoder's output, into the context memory and hands that on as Megatron's `context`.
+    the lower decoder's output, into the context memory and hands that on as Megatron's `context`. Between pipeline
+    stages the memory rides beside the hidden states: takes_memory and gives_memory say where.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class DecoderLayer(TransformerLayer):
         schedule: AttentionSchedule,
         kind: str,
         owns_encoder: bool,
+        takes_memory: bool = False,
+        gives_memory: bool = False,
         pg_collection: ProcessGroupCollection | None = None,
         **kwargs: object,
     ) -> None:
@@ -63,6 +69,10 @@ class DecoderLayer(TransformerLayer):
         self.schedule = schedule
         self.has_window = "swa" in kind
         self.has_hsa = "hsa" in kind
+        self.takes_memory = takes_memory
+        self.gives_memory = gives_memory
+        self.kv_heads = len(heads_of_rank(model.hsa_kv_heads, self.pg_collection.tp))
+        self.retrieval_heads = len(heads_of_rank(model.retrieval_heads, self.pg_collection.tp))
         if self.has_hsa:
             self.hsa_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
             self.hsa_attention = HierarchicalSparseAttention(config, model, schedule, self.pg_collection)
@@ -81,18 +91,33 @@ class DecoderLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (L, B, hidden). `attention_mask` carries document ids (B, L) int32 or None; `context` the
-        packed memory.
+        """hidden_states (L, B, hidden) of this rank's tokens. `attention_mask` carries the document ids (B, length) int32
+        of the whole sequence or None; `context` the packed memory of the whole sequence.
         """
         documents = attention_mask
+        slices = self.pg_collection.cp
+        shared = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        if self.takes_memory:
+            chunks = hidden_states.shape[0] * shared * slices.size() // self.model.chunk_size
+            hidden_states, context = split_payload(hidden_states, self.config.hidden_size, chunks, self.memory_width)
         memory = None
         if self.encoder is not None:
             memory = self.encoder(hidden_states)
-            context = memory.pack()
-        elif self.has_hsa:
-            memory = ContextMemory.unpack(context, self.model)
-        output, _kv = self.mix(hidden_states, rotary_pos_emb, memory=memory, documents=documents)
+            context = gather_memory(memory.pack(), slices)
+        if self.has_hsa and (memory is None or slices.size() > 1):
+            memory = ContextMemory.unpack(context, self.model, self.retrieval_heads)
+        offset = slices.rank() * hidden_states.shape[0] * shared
+        output, _kv = self.mix(hidden_states, rotary_pos_emb, memory=memory, documents=documents, query_offset=offset)
+        if self.gives_memory:
+            output = join_payload(output, context)
         return output, context
+
+    @property
+    def memory_width(self) -> int:
+        """Numbers per chunk in this rank's packed memory."""
+        retrieval_size = self.model.retrieval_dim // self.model.retrieval_heads
+        keys = self.kv_heads * self.model.head_dim * self.model.chunk_size
+        return 2 * keys + self.retrieval_heads * retrieval_size
 
     def mix(
         self,
@@ -136,8 +161,10 @@ def mlp_spec(experts: bool) -> ModuleSpec:
     )
 
 
-def decoder_specs(model: ModelConfig, schedule: AttentionSchedule) -> TransformerBlockSubmodules:
-    """Specs of every decoder layer, bottom to top, for Megatron's TransformerBlock."""
+def decoder_specs(
+    model: ModelConfig, schedule: AttentionSchedule, *, first: int = 0, count: int | None = None
+) -> TransformerBlockSubmodules:
+    """Specs of the `count` decoder layers from `first` on (all of them), for the TransformerBlock of one stage."""
     attention = ModuleSpec(
         module=SlidingWindowSelfAttention,
         submodules=SelfAttentionSubmodules(
@@ -150,8 +177,9 @@ def decoder_specs(model: ModelConfig, schedule: AttentionSchedule) -> Transforme
     )
     kinds = model.layer_kinds()
     first_hsa = next(i for i, kind in enumerate(kinds) if "hsa" in kind)
+    end = len(kinds) if count is None else first + count
     layers = []
-    for index, kind in enumerate(kinds):
+    for index, kind in list(enumerate(kinds))[first:end]:
         has_window = "swa" in kind
         submodules = TransformerLayerSubmodules(
             input_layernorm=RMSNorm if has_window else IdentityOp,
@@ -159,6 +187,13 @@ def decoder_specs(model: ModelConfig, schedule: AttentionSchedule) -> Transforme
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp_spec(model.uses_experts(index)),
         )
-        params = {"model": model, "schedule": schedule, "kind": kind, "owns_encoder": index == first_hsa}
+        params = {
+            "model": model,
+            "schedule": schedule,
+            "kind": kind,
+            "owns_encoder": index == first_hsa,
+            "takes_memory": index == first and index > first_hsa,
+            "gives_memory": index == end - 1 < len(kinds) - 1 and index >= first_hsa,
+        }
         layers.append(ModuleSpec(module=DecoderLayer, submodules=submodules, params=params))
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

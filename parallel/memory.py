@@ -40,15 +40,16 @@ class ContextMemory:
         return torch.cat(parts, dim=-1).transpose(0, 1).contiguous()
 
     @staticmethod
-    def unpack(packed: Tensor, model: ModelConfig) -> ContextMemory:
-        """The inverse of `pack` for the sizes of `model`."""
+    def unpack(packed: Tensor, model: ModelConfig, retrieval_heads: int | None = None) -> ContextMemory:
+        """The inverse of `pack` for the sizes of `model`; retrieval_heads: those of this rank, if not all."""
         chunks, batch, width = packed.shape
-        landmark_width = model.retrieval_dim
+        retrieval_heads = retrieval_heads or model.retrieval_heads
+        landmark_width = model.retrieval_dim // model.retrieval_heads * retrieval_heads
         kv_width = (width - landmark_width) // 2
         k, v, landmarks = packed.transpose(0, 1).split([kv_width, kv_width, landmark_width], dim=-1)
         shape = (batch, chunks * model.chunk_size, -1, model.head_dim)
         return ContextMemory(
             k=k.reshape(shape),
             v=v.reshape(shape),
-            landmarks=landmarks.reshape(batch, chunks, model.retrieval_heads, -1),
+            landmarks=landmarks.reshape(batch, chunks, retrieval_heads, -1),
         )

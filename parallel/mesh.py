@@ -26,8 +26,8 @@ T = TypeVar("T")
 class ParallelConfig:
     """Sizes of the parallel forms, as written under ``parallel:`` in a recipe.
 
-    ``sequence`` splits norms and dropout over the tensor-parallel ranks; ``virtual_pipeline`` is the number of model
-    chunks of each pipeline rank (1: no interleaving).
+    ``sequence`` splits norms and residuals over the tensor-parallel ranks (null: wherever there are several);
+    ``virtual_pipeline`` is the number of model chunks of each pipeline rank (1: no interleaving).
     """
 
     tensor: int = 1
@@ -35,7 +35,12 @@ class ParallelConfig:
     context: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
-    sequence: bool = False
+    sequence: bool | None = None
+
+    @property
+    def uses_sequence(self) -> bool:
+        """True when activations between the tensor-parallel products are split over their ranks."""
+        return self.tensor > 1 if self.sequence is None else self.sequence
 
     @property
     def model_ranks(self) -> int:

@@ -19,11 +19,16 @@ from parallel.compat import (
     RotaryEmbedding,
     TransformerBlock,
     TransformerConfig,
+    gather_from_tensor_model_parallel_region,
+    get_num_layers_to_build,
+    get_transformer_layer_offset,
     parallel_state,
 )
 from parallel.layers import decoder_specs
 from parallel.mesh import ParallelConfig
 from parallel.model_config import ModelConfig
+from parallel.pipeline import stage_layout
+from parallel.tensor import mark_parameters, shard_of, whole_shape
 
 
 def transformer_config(
@@ -51,7 +56,16 @@ def transformer_config(
             moe_router_enable_expert_bias=True,
             moe_router_bias_update_rate=model.expert_bias_update_rate,
             moe_router_dtype="fp32",
-            moe_token_dispatcher_type="alltoall" if parallel.expert > 1 else "allgather",
+            moe_token_dispatcher_type="alltoall" if parallel.expert > 1 or parallel.pipeline > 1 else "allgather",
+        )
+    stages: dict[str, object] = {}
+    if parallel.pipeline > 1:
+        interleaved = parallel.virtual_pipeline > 1
+        stages = dict(
+            pipeline_model_parallel_layout=stage_layout(model, parallel.pipeline * parallel.virtual_pipeline),
+            variable_seq_lengths=True,  # the memory widens what later stages hand on
+            overlap_p2p_comm=interleaved,  # interleaved without overlap gives wrong numbers in Megatron 0.16
+            batch_p2p_comm=not interleaved,
         )
     checkpointing: dict[str, object] = {}
     if recompute == "full":
@@ -87,45 +101,72 @@ def transformer_config(
         hetereogenous_dist_checkpoint=True,  # layers differ, each is stored under its own name
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=parallel.uses_sequence,
         **moe,
         **checkpointing,
+        **stages,
     )
 
 
 class HSAModel(LanguageModule):
-    """Embedding, decoder and output layer.
+    """Embedding, decoder and output layer, or the part of them that one pipeline stage holds.
 
-    tokens, labels (B, L) int64; documents (B, L) int32 or None (one document per row). L is a multiple of the chunk
-    size.
+    tokens, labels (B, L) int64: this rank's slice of the sequences; documents (B, L * context-parallel size) int32 of
+    the whole sequences, or None (one document per row). L is a multiple of the chunk size. vp_stage: which of this
+    rank's model chunks this is, in an interleaved pipeline.
     """
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, max_length: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, model: ModelConfig, max_length: int, vp_stage: int | None = None
+    ) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config=config, pg_collection=groups)
         self.model = model
         self.model_type = ModelType.encoder_or_decoder  # asked for by Megatron's schedules
+        self.vp_stage = vp_stage
         self.schedule = AttentionSchedule()
-        self.pre_process = self.post_process = True
+        self.first_layer, layers = 0, model.num_layers
+        if config.pipeline_model_parallel_size > 1:
+            self.first_layer = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
+            layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
+        self.pre_process = self.first_layer == 0
+        self.post_process = self.first_layer + layers == model.num_layers
         self.share_embeddings_and_output_weights = model.tied_embeddings
-        self.embedding = LanguageModelEmbedding(
-            config=config, vocab_size=model.vocab_size, max_sequence_length=max_length, position_embedding_type="rope"
-        )
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=model.vocab_size,
+                max_sequence_length=max_length,
+                position_embedding_type="rope",
+                tp_group=groups.tp,
+            )
         self.rotary_pos_emb = RotaryEmbedding(
             kv_channels=model.head_dim, rotary_percent=1.0, rotary_base=model.rope_base, cp_group=groups.cp
         )
-        self.decoder = TransformerBlock(config=config, spec=decoder_specs(model, self.schedule), pg_collection=groups)
-        self.output_layer = ColumnParallelLinear(
-            model.hidden_size,
-            model.vocab_size,
+        self.decoder = TransformerBlock(
             config=config,
-            init_method=config.init_method,
-            bias=False,
-            gather_output=False,
-            skip_weight_param_allocation=model.tied_embeddings,
-            tp_group=groups.tp,
+            spec=decoder_specs(model, self.schedule, first=self.first_layer, count=layers),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups,
+            vp_stage=vp_stage,
         )
+        if self.post_process:
+            self.output_layer = ColumnParallelLinear(
+                model.hidden_size,
+                model.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                # Tied weights exist once on a rank; the last of several stages has a copy of its own.
+                skip_weight_param_allocation=model.tied_embeddings and self.pre_process,
+                tp_group=groups.tp,
+            )
         self.setup_embeddings_and_output_layer()
 
     def set_schedule(self, *, window: int, hsa_window: int, top_k: int | None) -> None:
@@ -133,7 +174,8 @@ class HSAModel(LanguageModule):
         self.schedule.window, self.schedule.hsa_window, self.schedule.top_k = window, hsa_window, top_k
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
-        """Called by Megatron's schedules; this model is one pipeline stage, so there is nothing to take over."""
+        """Called by Megatron's schedules: what the stage before has sent."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) -> (L, B, hidden)."""
@@ -141,19 +183,36 @@ class HSAModel(LanguageModule):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (L, B, hidden), after the final norm -> (L, B, vocabulary)."""
+        return gather_from_tensor_model_parallel_region(self._output(hidden_states), group=self.pg_collection.tp)
+
+    def _output(self, hidden_states: Tensor) -> Tensor:
+        """Logits of this rank's part of the vocabulary."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden_states, weight=weight)[0]
 
+    def _angles(self, length: int) -> Tensor:
+        """Rotary angles for `length` tokens of this rank and the longest halo it can get."""
+        slices = self.pg_collection.cp
+        if slices.size() == 1:
+            return self.rotary_pos_emb(length)
+        halo = min(max(self.schedule.window, self.schedule.hsa_window) - 1, slices.rank() * length)
+        return self.rotary_pos_emb.get_emb(length + halo)  # a call would cut it as Megatron cuts contexts
+
     def forward(self, tokens: Tensor, labels: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """Loss of every token (B, L) float32 when labels are given, else logits (B, L, vocabulary)."""
-        length = tokens.shape[1]
+        """Loss of every token (B, L) float32 when labels are given, else logits (B, L, vocabulary).
+
+        A stage before the last returns what the next one takes.
+        """
         hidden_states = self.decoder(
-            hidden_states=self.embed(tokens), attention_mask=documents, rotary_pos_emb=self.rotary_pos_emb(length)
+            hidden_states=self.embed(tokens) if self.pre_process else None,
+            attention_mask=documents,
+            rotary_pos_emb=self._angles(tokens.shape[1]),
         )
-        logits = self.logits(hidden_states)
+        if not self.post_process:
+            return hidden_states
         if labels is None:
-            return logits.transpose(0, 1)
-        return self.compute_language_model_loss(labels, logits.float())
+            return self.logits(hidden_states).transpose(0, 1)
+        return self.compute_language_model_loss(labels, self._output(hidden_states).float())
 
 
 def build_model(
@@ -167,22 +226,60 @@ def build_model(
     deterministic: bool = False,
     device: torch.device | str = "cpu",
 ) -> HSAModel:
-    """Build a model and set its weights from the seed. device "meta" allocates nothing and initialises nothing."""
+    """Build a model and set its weights from the seed. device "meta" allocates nothing and initialises nothing.
+
+    Under pipeline parallelism this is the rank's stage; an interleaved rank has several, see `build_chunks`.
+    """
     config = transformer_config(model, parallel=parallel, bf16=bf16, recompute=recompute, deterministic=deterministic)
     if str(device) == "meta":
         with torch.device("meta"):
             return HSAModel(config, model, max_length)
-    built = HSAModel(config, model, max_length)
+    return _build_chunk(config, model, max_length, seed, device)
+
+
+def build_chunks(
+    model: ModelConfig,
+    *,
+    max_length: int,
+    seed: int,
+    parallel: ParallelConfig,
+    bf16: bool = False,
+    recompute: str = "none",
+    deterministic: bool = False,
+    device: torch.device | str = "cpu",
+) -> list[HSAModel]:
+    """All of this rank's model chunks: one, or as many as an interleaved pipeline has virtual stages."""
+    config = transformer_config(model, parallel=parallel, bf16=bf16, recompute=recompute, deterministic=deterministic)
+    stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
+    return [_build_chunk(config, model, max_length, seed, device, stage) for stage in stages]
+
+
+def _build_chunk(
+    config: TransformerConfig,
+    model: ModelConfig,
+    max_length: int,
+    seed: int,
+    device: torch.device | str,
+    vp_stage: int | None = None,
+) -> HSAModel:
+    built = HSAModel(config, model, max_length, vp_stage)
+    mark_parameters(built)
     for name, parameter in built.named_parameters():
         if ".local_experts." in name:
-            # Megatron reduces experts' gradients over the ranks that hold the same expert only.
-            parameter.allreduce = config.expert_model_parallel_size == 1
+            # Megatron reduces experts' gradients over the ranks that hold the same expert only. Tensor-parallel ranks
+            # hold the same experts but send them other tokens.
+            parameter.allreduce = config.expert_model_parallel_size * config.tensor_model_parallel_size == 1
     initialize_weights(built, seed)
     return built.to(device)
 
 
 def global_name(name: str, built: HSAModel) -> str:
-    """The parameter's name in the whole model: experts are numbered over all expert-parallel ranks."""
+    """The parameter's name in the whole model: layers are numbered over all pipeline stages, experts over all
+    expert-parallel ranks; the last stage's copy of tied embeddings is called like them.
+    """
+    if name == "output_layer.weight" and built.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    name = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + built.first_layer}", name)
     match = re.search(r"\.local_experts\.(\d+)\.", name)
     if match is None:
         return name
@@ -193,7 +290,7 @@ def global_name(name: str, built: HSAModel) -> str:
 
 def initialize_weights(built: HSAModel, seed: int) -> None:
     """Set every weight from the seed and the parameter's own name, so that it does not depend on building order or
-    layout.
+    layout: a rank draws the whole parameter and keeps its part.
 
     Normal with `init_std`; projections that write into the residual stream are scaled by 1 / sqrt(2 * layers) as in
     Megatron. Gains stay 1.
@@ -207,7 +304,7 @@ def initialize_weights(built: HSAModel, seed: int) -> None:
                 continue
             digest = hashlib.sha256(f"{seed}/{global_name(name, built)}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            values = torch.empty(parameter.shape, dtype=torch.float32)
+            values = torch.empty(whole_shape(parameter), dtype=torch.float32)
             writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             values.normal_(0.0, residual_std if writes_residual else std, generator=generator)
-            parameter.copy_(values)
+            parameter.copy_(shard_of(values, parameter, name))

@@ -416,7 +416,7 @@ class Training:
     def _make_step(self, domains: list[str]) -> Any:
         from pretrain.train_step import TrainStep
 
-        return TrainStep(self.chunks[0], self.optimizer, domains, self.device)
+        return TrainStep(self.chunks, self.optimizer, domains, self.device)
 
     def _set_learning_rate(self) -> float:
         """Set every parameter group's rate for the step to come; returns the recipe's `lr` at this step."""

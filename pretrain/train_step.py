@@ -9,7 +9,7 @@ sums, and the gradients are divided once, after they were summed over the ranks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from data_pipeline.batch import PackedBatch
 from parallel.compat import DistributedDataParallel, finalize_model_grads, get_forward_backward_func, parallel_state
+from parallel.context import local_slice
+from parallel.tensor import sum_partial_gradients
 from pretrain.model import HSAModel
 
 _FIELDS = ("tokens", "labels", "loss_weights", "documents", "domains")
@@ -40,31 +42,38 @@ class StepResult:
 
 
 class TrainStep:
-    """Runs steps on one model; `domains` names the ids in a batch's `domains`."""
+    """Runs steps on this rank's model chunks (one, unless the pipeline is interleaved); `domains` names the ids in a
+    batch's `domains`.
+    """
 
     def __init__(
-        self, model: DistributedDataParallel, optimizer: Any, domains: list[str], device: torch.device
+        self, chunks: Sequence[DistributedDataParallel], optimizer: Any, domains: list[str], device: torch.device
     ) -> None:
-        self.model = model
+        self.chunks = list(chunks)
         self.optimizer = optimizer
         self.domains = domains
         self.device = device
-        self.config = model.config
+        self.config = self.chunks[0].config
+        self.context = parallel_state.get_context_parallel_group()
         self.config.finalize_model_grads_func = self._finalize
         self._sums = torch.zeros(0)
 
     def __call__(self, batch: PackedBatch, micro_batch: int, *, wants_stop: bool) -> StepResult:
-        """Train on this rank's share of a global batch; the step's numbers are those of the global batch."""
+        """Train on this data-parallel rank's share of a global batch; the step's numbers are those of the global batch.
+
+        All ranks that hold a part of one model copy or of one sequence are given the same batch.
+        """
         # weighted loss, weights, wish to stop, then nll and tokens per domain
         self._sums = torch.zeros(3 + 2 * len(self.domains), dtype=torch.float64, device=self.device)
         self._sums[2] = float(wants_stop)
         count = batch.tokens.shape[0] // micro_batch
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         get_forward_backward_func()(
             forward_step_func=self._forward,
-            data_iterator=self._micro_batches(batch, micro_batch),
-            model=[self.model],
+            data_iterator=[self._micro_batches(batch, micro_batch) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=count,
             seq_length=batch.tokens.shape[1],
             micro_batch_size=micro_batch,
@@ -78,8 +87,11 @@ class TrainStep:
 
     def _micro_batches(self, batch: PackedBatch, size: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, batch.tokens.shape[0], size):
+            micro = {name: getattr(batch, name)[start : start + size] for name in _FIELDS}
+            # Documents stay whole: windows and chunk selection look past the left edge of this rank's slice.
             yield {
-                name: getattr(batch, name)[start : start + size].to(self.device, non_blocking=True) for name in _FIELDS
+                name: (x if name == "documents" else local_slice(x, self.context)).to(self.device, non_blocking=True)
+                for name, x in micro.items()
             }
 
     def _forward(self, micro_batches: Iterator[dict[str, Tensor]], model: HSAModel) -> tuple[Tensor, Any]:
@@ -103,9 +115,10 @@ class TrainStep:
     def _finalize(self, model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Megatron's reduction of gradients, then ours: divide by the global sum of weights."""
         finalize_model_grads(model, None, **kwargs)
-        torch.distributed.all_reduce(
-            self._sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
+        sum_partial_gradients(model)
+        if parallel_state.get_tensor_model_parallel_rank() > 0:
+            self._sums[:2] = self._sums[3:] = 0  # the same tokens as on the first of these ranks
+        torch.distributed.all_reduce(self._sums)
         scale = 1.0 / max(float(self._sums[1]), 1e-9)
         for chunk in model:
             chunk.scale_gradients(scale)

@@ -1,0 +1,159 @@
+"""One rank of the layout tests: trains a small model at each layout asked for and saves what rank 0 gathered.
+
+Arguments: a JSON list of jobs, and the file for torch.save. A job is {"parallel": {...}, "model": {...}, "window": int,
+"hsa_window": int, "top_k": int or null, "length": int, "steps": int, "optimizer": {...}, "micro_batch": int,
+"recompute": str, "probe": position of the token to change}. Its result holds losses, grad_norms (one per step),
+gradients after the first step by global parameter name, traffic per step in bytes, and the positions that move.
+"""
+
+import json
+import sys
+
+import torch
+
+from data_pipeline.batch import PackedBatch
+from parallel import compat, mesh
+from parallel.context import traffic
+from parallel.mesh import ParallelConfig
+from parallel.model_config import ModelConfig
+from parallel.optimizer import OptimizerSettings, build_optimizer, wrap_model
+from pretrain.layout_forward import whole_logits
+from pretrain.model import build_chunks, global_name
+from pretrain.train_step import TrainStep
+
+SMALL = dict(
+    vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=2, upper_layers=3, hsa_layers=2, num_heads=4, head_dim=8,
+    swa_kv_heads=2, hsa_kv_heads=2, retrieval_heads=2, retrieval_dim=16, chunk_size=8, encoder_ffn_hidden_size=32,
+    num_experts=4, experts_per_token=2, expert_ffn_hidden_size=16, shared_expert_ffn_hidden_size=16, init_std=0.1,
+)  # fmt: skip
+
+
+def packed_batch(step, batch, length, chunk):
+    """The global batch of a step: random tokens in documents of whole chunks, with padding, weights and domains."""
+    g = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(0, 64, (batch, length), generator=g)
+    starts = torch.rand(batch, length // chunk, generator=g) < 0.15
+    starts[:, 0] = False
+    starts[0] = False  # one sequence is a single document
+    documents = starts.cumsum(1).int().repeat_interleave(chunk, dim=1)
+    labels = torch.roll(tokens, -1, dims=1)
+    same = torch.nn.functional.pad(documents[:, 1:] == documents[:, :-1], (0, 1))
+    weights = torch.rand(batch, length, generator=g) * same * (torch.rand(batch, length, generator=g) < 0.9)
+    domains = torch.randint(0, 2, (batch, length), generator=g).short()
+    return PackedBatch(
+        tokens=tokens, labels=labels * same, loss_weights=weights, documents=documents, domains=domains
+    )
+
+
+class Recorder:
+    """The optimizer, keeping the gradients it is given the first time."""
+
+    def __init__(self, optimizer, chunks):
+        self.optimizer, self.chunks, self.gradients = optimizer, chunks, None
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self):
+        if self.gradients is None:
+            self.gradients = {}
+            for chunk in self.chunks:
+                for name, parameter in chunk.module.named_parameters():
+                    count = getattr(parameter, "partition_count", 1)
+                    self.gradients[global_name(name, chunk.module)] = (
+                        parameter.main_grad.clone(),
+                        (getattr(parameter, "partition_dim", 0), count),
+                    )
+        return self.optimizer.step()
+
+
+def whole(name, shards):
+    """A whole gradient out of those of the tensor-parallel ranks, in rank order."""
+    dim, count = shards[0][1]
+    tensors = [tensor for tensor, _ in shards]
+    if count == 1:
+        for tensor in tensors[1:]:
+            torch.testing.assert_close(tensor, tensors[0], rtol=1e-5, atol=1e-7, msg=f"{name} differs between ranks")
+        return tensors[0]
+    tensors = tensors[:count]
+    if ".linear_fc1." in name:
+        return torch.cat([t.chunk(2)[0] for t in tensors] + [t.chunk(2)[1] for t in tensors])
+    return torch.cat(tensors, dim=dim)
+
+
+def run(job):
+    parallel = ParallelConfig(**job["parallel"])
+    compat.parallel_state.destroy_model_parallel()
+    device = mesh.initialize(parallel, "cpu", seed=1)
+    mesh.check_topology(parallel, mesh.world_size())
+    model = ModelConfig(**{**SMALL, **job.get("model", {})})
+    chunks = build_chunks(
+        model, max_length=job["length"], seed=3, parallel=parallel, recompute=job.get("recompute", "none")
+    )
+    for chunk in chunks:
+        chunk.set_schedule(window=job["window"], hsa_window=job["hsa_window"], top_k=job["top_k"])
+    settings = OptimizerSettings(**{"lr": 3e-3, "distributed": False, **job.get("optimizer", {})})
+    wrapped = wrap_model(chunks, settings)
+    recorder = Recorder(build_optimizer(settings, wrapped), wrapped)
+    moved = probe(wrapped, job, model) if "probe" in job else None
+    step = TrainStep(wrapped, recorder, ["a", "b"], device)
+    results = []
+    for number in range(job["steps"]):
+        batch = packed_batch(number, 4, job["length"], model.chunk_size)
+        share = 4 // mesh.data_size()
+        rows = slice(mesh.data_rank() * share, (mesh.data_rank() + 1) * share)
+        mine = PackedBatch(**{name: getattr(batch, name)[rows] for name in vars(batch)})
+        traffic.reset()
+        results.append(step(mine, job.get("micro_batch", 1), wants_stop=False))
+    place = compat.parallel_state.get_tensor_model_parallel_rank()
+    gathered = mesh.gather_objects((place, recorder.gradients, (traffic.halo, traffic.memory)))
+    gradients = {}
+    for name in sorted({name for _, found, _ in gathered for name in found}):
+        holders = sorted(((place, found[name]) for place, found, _ in gathered if name in found), key=lambda x: x[0])
+        gradients[name] = whole(name, _one_per_place(holders))
+    return {
+        "losses": [result.loss for result in results],
+        "grad_norms": [result.grad_norm for result in results],
+        "domains": [result.domain_losses for result in results],
+        "gradients": gradients,
+        "traffic": [bytes_ for _, _, bytes_ in gathered],
+        "moved": moved,
+    }
+
+
+def _one_per_place(holders):
+    """Shards by tensor-parallel rank; holders of the same shard are copies and must agree."""
+    by_place = {}
+    for place, (tensor, partition) in holders:
+        if place in by_place:
+            torch.testing.assert_close(tensor, by_place[place][0], rtol=1e-5, atol=1e-7)
+        else:
+            by_place[place] = (tensor, partition)
+    return [by_place[place] for place in sorted(by_place)]
+
+
+def probe(chunks, job, model):
+    """Positions whose logits move when one token changes, in a packed batch."""
+    batch = packed_batch(99, 2, job["length"], model.chunk_size)
+    changed = batch.tokens.clone()
+    changed[:, job["probe"]] = (changed[:, job["probe"]] + 1) % model.vocab_size
+    for chunk in chunks:
+        chunk.eval()
+    before = whole_logits(chunks, batch.tokens, batch.documents)
+    after = whole_logits(chunks, changed, batch.documents)
+    for chunk in chunks:
+        chunk.train()
+    return ((before - after).abs().amax(-1) > 1e-5).nonzero().tolist()
+
+
+def main():
+    mesh.initialize(device="cpu", seed=1)
+    results = [run(job) for job in json.loads(sys.argv[1])]
+    if mesh.is_writer():
+        torch.save(results, sys.argv[2])
+    mesh.barrier()
+    mesh.shutdown()
+
+
+if __name__ == "__main__":
+    main()
