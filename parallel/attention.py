@@ -137,8 +137,8 @@ class HierarchicalSparseAttention(MegatronModule):
     def forward(
         self, hidden_states: Tensor, memory: ContextMemory, *, documents: Tensor | None = None, query_offset: int = 0
     ) -> Tensor:
-        """hidden_states (L, B, hidden) of tokens query_offset .. query_offset + L - 1 (L / tensor of them under sequence
-        parallelism); documents (B, keys) int32.
+        """hidden_states (L, B, hidden) of tokens query_offset .. query_offset + L - 1 (L / tensor of them under
+        sequence parallelism); documents (B, keys) int32.
 
         Returns the like of hidden_states; rows that see no completed chunk are 0 before the output projection.
         """

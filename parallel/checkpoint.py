@@ -434,7 +434,9 @@ def load_checkpoint(
     training = read_training_state(path)
     state = _sharded_state(model_chunks, optimizer, is_loading=True)
     stored = {tensor.key: tuple(tensor.global_shape) for tensor in _stored_tensors(path)}
-    _raise_together(_difference(path, stored, state, with_optimizer=optimizer is not None))
+    # Ranks of other pipeline stages hold other parameters.
+    wanted = {k: v for part in mesh.gather_objects(_shapes(state)) for k, v in part.items()}
+    _raise_together(_difference(path, stored, wanted, with_optimizer=optimizer is not None))
     with torch.no_grad():
         loaded = compat.dist_checkpointing.load(state, str(path))
         for index, chunk in enumerate(model_chunks):
@@ -459,9 +461,14 @@ def _stored_tensors(path: Path) -> list[compat.ShardedTensor]:
     return list(compat.dist_checkpointing.load_tensors_metadata(str(path)).values())
 
 
-def _difference(path: Path, stored: dict[str, tuple[int, ...]], state: dict[str, Any], *, with_optimizer: bool) -> str:
-    """Why the checkpoint does not fit this model and optimizer, or "" when it does."""
-    wanted = {tensor.key: tuple(tensor.global_shape) for tensor in _tensors(state)}
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {tensor.key: tuple(tensor.global_shape) for tensor in _tensors(state)}
+
+
+def _difference(
+    path: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], *, with_optimizer: bool
+) -> str:
+    """Why the checkpoint does not fit this model and optimizer, or "" when it does. Both: whole shapes by key."""
     for what in ("model", "optimizer") if with_optimizer else ("model",):
         ours, theirs = (
             {key: shape for key, shape in shapes.items() if key.startswith("optimizer.") == (what == "optimizer")}

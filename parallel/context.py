@@ -38,8 +38,8 @@ def local_slice(x: Tensor, group: ProcessGroup, dim: int = 1) -> Tensor:
 
 
 def key_documents(documents: Tensor | None, keys: int, group: ProcessGroup) -> Tensor | None:
-    """Document ids (B, keys) of a window's keys, out of those of the whole sequence: the last ones up to the end of this
-    rank's slice.
+    """Document ids (B, keys) of a window's keys, out of those of the whole sequence: the last ones up to the end of
+    this rank's slice.
     """
     if documents is None or group.size() == 1:
         return documents
@@ -107,6 +107,25 @@ class _GatherMemory(torch.autograd.Function):
         torch.distributed.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
         traffic.memory += (size - 1) * own.numel() * own.element_size()
         return own, None
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, memory: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
+        return gradient, None
+
+
+def keep_in_graph(x: Tensor, memory: Tensor) -> Tensor:
+    """`x`, whose backward always reaches `memory`.
+
+    A rank none of whose tokens sees a chunk would otherwise leave the memory's reduce-scatter out, and the others would
+    wait for it.
+    """
+    return _Keep.apply(x, memory)
 
 
 def gather_memory(packed: Tensor, group: ProcessGroup) -> Tensor:

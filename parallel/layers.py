@@ -30,7 +30,7 @@ from parallel.compat import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-from parallel.context import gather_memory
+from parallel.context import gather_memory, keep_in_graph
 from parallel.encoder import ChunkEncoder
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
@@ -91,8 +91,8 @@ class DecoderLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (L, B, hidden) of this rank's tokens. `attention_mask` carries the document ids (B, length) int32
-        of the whole sequence or None; `context` the packed memory of the whole sequence.
+        """hidden_states (L, B, hidden) of this rank's tokens. `attention_mask` carries the document ids (B, length)
+        int32 of the whole sequence or None; `context` the packed memory of the whole sequence.
         """
         documents = attention_mask
         slices = self.pg_collection.cp
@@ -108,6 +108,8 @@ class DecoderLayer(TransformerLayer):
             memory = ContextMemory.unpack(context, self.model, self.retrieval_heads)
         offset = slices.rank() * hidden_states.shape[0] * shared
         output, _kv = self.mix(hidden_states, rotary_pos_emb, memory=memory, documents=documents, query_offset=offset)
+        if self.encoder is not None and slices.size() > 1:
+            output = keep_in_graph(output, context)
         if self.gives_memory:
             output = join_payload(output, context)
         return output, context

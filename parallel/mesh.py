@@ -66,6 +66,8 @@ def check_topology(
     num_layers: int | None = None,
     num_heads: int | None = None,
     num_experts: int | None = None,
+    key_value_heads: dict[str, int] | None = None,
+    vocab_size: int | None = None,
     context_length: int | None = None,
     chunk_size: int | None = None,
     lanes: int | None = None,
@@ -73,7 +75,8 @@ def check_topology(
 ) -> int:
     """Check that the sizes fit ``world_size`` ranks and the model facts that are given; return the data-parallel size.
 
-    num_heads: query heads; num_experts: None or 0 for a dense model; context_length, chunk_size in tokens; lanes: data
+    num_heads: query heads; num_experts: None or 0 for a dense model; key_value_heads: numbers of heads by the model's
+    field names, which tensor-parallel ranks share out or share; context_length, chunk_size in tokens; lanes: data
     lanes; batch: sequences per step. Raises TopologyError naming the numbers that clash and the nearest that work.
     """
     for name in ("tensor", "expert", "context", "pipeline", "virtual_pipeline"):
@@ -108,6 +111,7 @@ def check_topology(
     for name, size, what, number in (
         ("expert", parallel.expert, "experts", num_experts or None),
         ("tensor", parallel.tensor, "query heads", num_heads),
+        ("tensor", parallel.tensor, "tokens of vocabulary", vocab_size),
         ("pipeline", parallel.pipeline, "layers", num_layers),
     ):
         stages = size * parallel.virtual_pipeline if name == "pipeline" else size
@@ -119,6 +123,26 @@ def check_topology(
             raise TopologyError(
                 f"parallel.{name}: {stages} does not fit the model's {number} {what}; the nearest that works: "
                 f"{_nearest(stages, fits)}"
+            )
+    if parallel.tensor > 1 and not parallel.uses_sequence and num_experts:
+        raise TopologyError(
+            f"parallel.sequence=false with parallel.tensor={parallel.tensor}: Megatron trains experts under tensor "
+            "parallelism only with sequence parallelism; leave parallel.sequence out or set it to true"
+        )
+    for field, heads in (key_value_heads or {}).items():
+        if heads % parallel.tensor and parallel.tensor % heads:
+            works = [n for n in range(1, 2 * parallel.tensor + 1) if heads % n == 0 or n % heads == 0]
+            raise TopologyError(
+                f"parallel.tensor={parallel.tensor} neither divides model.{field}={heads} nor is a multiple of it; "
+                f"the nearest that works: {_nearest(parallel.tensor, works)}"
+            )
+    if context_length is not None and parallel.uses_sequence:
+        unit = parallel.tensor * parallel.context
+        if context_length % unit:
+            raise TopologyError(
+                f"a context of {context_length} tokens cannot be split over parallel.tensor {parallel.tensor} x "
+                f"parallel.context {parallel.context} ranks; the nearest that work: "
+                f"{_nearest(context_length, list(range(unit, context_length + 2 * unit, unit)))}"
             )
     if context_length is not None and parallel.context > 1:
         unit = parallel.context * (chunk_size or 1)
@@ -141,6 +165,17 @@ def check_topology(
             f"{_nearest(batch, list(range(unit, batch + 2 * unit, unit)))}"
         )
     return data
+
+
+def check_micro_batches(parallel: ParallelConfig, count: int, stage: str) -> None:
+    """Check that an interleaved pipeline gets micro-batches in whole rounds of its ranks; TopologyError otherwise."""
+    if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
+        raise TopologyError(
+            f"stage {stage}: {count} micro-batches per step and data-parallel rank are no multiple of "
+            f"parallel.pipeline={parallel.pipeline}, as parallel.virtual_pipeline={parallel.virtual_pipeline} needs; "
+            f"change batch or micro_batch so that there are "
+            f"{_nearest(count, list(range(parallel.pipeline, count + 2 * parallel.pipeline, parallel.pipeline)))}"
+        )
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ class ModelConfig:
         """Decoder layers, HSA layers included, chunk encoder not."""
         return self.lower_layers + self.upper_layers + (0 if self.swa_in_hsa else self.hsa_layers)
 
+    def shared_heads(self) -> dict[str, int]:
+        """Heads that serve several query heads each, by field name."""
+        return {name: getattr(self, name) for name in ("swa_kv_heads", "hsa_kv_heads", "retrieval_heads")}
+
     def layer_kinds(self) -> list[str]:
         """One of "swa", "hsa" (HSA alone) or "swa+hsa" for every decoder layer, bottom to top."""
         kinds = ["swa"] * self.lower_layers

@@ -44,12 +44,20 @@ def update_scale(shape: torch.Size | tuple[int, ...]) -> float:
     return max(1.0, shape[-2] / shape[-1]) ** 0.5
 
 
+def _split_dimension(parameter: Tensor, group: torch.distributed.ProcessGroup | None) -> int | None:
+    """-2 or -1 where tensor-parallel ranks hold rows or columns of the matrix, None where each holds it whole."""
+    if group is None or group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return parameter.partition_dim - parameter.dim()  # type: ignore[attr-defined]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for parameters of two or more dimensions; the last two are the matrix, those before are independent
     matrices.
 
     lr, momentum, ns_steps and the decoupled weight_decay are per group, and Megatron's scheduler may change lr and
-    weight_decay between steps. State per parameter: ``momentum_buffer``, of its shape and dtype.
+    weight_decay between steps. tensor_group: the tensor-parallel ranks, over which Megatron's marks on a parameter say
+    it is split. State per parameter: ``momentum_buffer``, of its shape and dtype.
     """
 
     def __init__(
@@ -59,7 +67,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         ns_steps: int = 5,
         weight_decay: float = 0.0,
+        tensor_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
+        self.tensor_group = tensor_group
         super().__init__(params, dict(lr=lr, momentum=momentum, ns_steps=ns_steps, weight_decay=weight_decay))
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -79,18 +89,19 @@ class Muon(torch.optim.Optimizer):
         loss = closure() if closure is not None else None
         self.init_state()
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[tuple[torch.Size, int | None], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
+                    split = None if group.get("is_expert_parallel") else _split_dimension(parameter, self.tensor_group)
+                    by_shape.setdefault((parameter.shape, split), []).append(parameter)
+            for (shape, split), parameters in by_shape.items():
                 size = max(1, _BATCH_ELEMENTS // shape.numel())
                 for start in range(0, len(parameters), size):
-                    self._update(parameters[start : start + size], group)
+                    self._update(parameters[start : start + size], group, split)
         return loss
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update parameters of one shape together."""
+    def _update(self, parameters: list[Tensor], group: dict[str, Any], split: int | None) -> None:
+        """Update parameters of one shape together. `split`: the dimension of which this rank holds a part."""
         momentum, lr = group["momentum"], group["lr"]
         # bfloat16 matmuls are fast and exact enough on a GPU; a CPU gains nothing from them.
         dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
@@ -100,8 +111,18 @@ class Muon(torch.optim.Optimizer):
             buffer = self.state[parameter]["momentum_buffer"]
             buffer.lerp_(parameter.grad, 1 - momentum)
             directions.append(parameter.grad.lerp(buffer, momentum).to(dtype))
-        updates = orthogonalize(torch.stack(directions), group["ns_steps"])
-        scale = lr * update_scale(parameters[0].shape)
+        stacked = torch.stack(directions)
+        if split is not None:
+            # A matrix is made orthogonal as a whole. In which order the ranks' rows or columns come does not matter.
+            assert self.tensor_group is not None
+            parts = [torch.empty_like(stacked) for _ in range(self.tensor_group.size())]
+            torch.distributed.all_gather(parts, stacked, group=self.tensor_group)
+            stacked = torch.cat(parts, dim=split)
+        updates = orthogonalize(stacked, group["ns_steps"])
+        scale = lr * update_scale(updates.shape)
+        if split is not None:
+            assert self.tensor_group is not None
+            updates = updates.chunk(self.tensor_group.size(), dim=split)[self.tensor_group.rank()]
         for parameter, update in zip(parameters, updates, strict=True):
             if group["weight_decay"]:
                 parameter.mul_(1 - lr * group["weight_decay"])

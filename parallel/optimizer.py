@@ -341,7 +341,13 @@ def _wrap(
 ) -> compat.MegatronOptimizer:
     inner: torch.optim.Optimizer
     if muon:
-        inner = Muon(param_groups, settings.muon_lr, settings.muon_momentum, settings.muon_ns_steps)
+        inner = Muon(
+            param_groups,
+            settings.muon_lr,
+            settings.muon_momentum,
+            settings.muon_ns_steps,
+            tensor_group=compat.parallel_state.get_tensor_model_parallel_group(),
+        )
     else:
         inner = torch.optim.AdamW(param_groups, settings.lr, tuple(settings.betas), settings.eps, weight_decay=0.0)
 

@@ -15,7 +15,7 @@ from parallel.model_config import ModelConfig
 
 
 def layer_costs(model: ModelConfig) -> list[float]:
-    """Weights of the products that a token passes in each decoder layer, the chunk encoder's with the layer owning it."""
+    """Weights of the products that a token passes in each decoder layer; the encoder's go to the layer owning it."""
     h = model.hidden_size
     query = model.num_heads * model.head_dim
     costs = []

@@ -1,9 +1,10 @@
 """Tensor parallelism of what is ours: heads shared out, gradients summed where every rank holds a part of them.
 
 Megatron's layers split the query heads of sliding windows and the MLPs by themselves. HSA and the context memory follow
-one rule: their input comes whole through `whole_sequence`, whose backward sums over the ranks; behind it each rank works
-for its own query heads alone, so every gradient there is a partial sum. A weight that is split needs no more than that.
-A weight (or gain) that all ranks hold is marked, and its gradient is summed once per step by `sum_partial_gradients`.
+one rule: their input comes whole through `whole_sequence`, whose backward sums over the ranks; behind it each rank
+works for its own query heads alone, so every gradient there is a partial sum. A weight that is split needs no more than
+that. A weight (or gain) that all ranks hold is marked, and its gradient is summed once per step by
+`sum_partial_gradients`.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def mark_parameters(model: nn.Module) -> None:
 
 
 def shard_of(values: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
-    """This rank's part of a whole parameter's values. In a gated fc1 each rank holds a part of the gate and of the rest."""
+    """This rank's part of a whole parameter's values. A gated fc1 is split in both halves."""
     count = getattr(parameter, "partition_count", 1)
     if count == 1:
         return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from data_pipeline.tokenizer import load_tokenizer
@@ -9,15 +10,19 @@ from pretrain.evaluation.commands import task_options
 from pretrain.evaluation.heldout import load_held_out
 from pretrain.evaluation.niah import needle_accuracy
 from pretrain.inference import InferenceEngine
+from pretrain.layout_forward import LayoutEngine
 from pretrain.model import HSAModel
 from pretrain.recipe import Recipe, StageConfig
 
 
 class Probe:
-    """Asks a model for needles in held-out text. The text is read and tokenized once."""
+    """Asks a model for needles in held-out text. The text is read and tokenized once.
 
-    def __init__(self, model: HSAModel, recipe: Recipe) -> None:
-        self.model = model
+    models: this rank's model chunks. A model spread over ranks answers by whole forward passes, all ranks together.
+    """
+
+    def __init__(self, models: Sequence[HSAModel], recipe: Recipe) -> None:
+        self.models = models
         self.recipe = recipe
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         self.held_out = load_held_out(recipe.data.held_out, self.tokenizer)
@@ -27,8 +32,15 @@ class Probe:
 
         The questions depend on the recipe's seed only, so a curve over training compares like with like.
         """
+        engine: InferenceEngine | LayoutEngine
+        if self.recipe.parallel.model_ranks > 1:
+            engine = LayoutEngine(self.models)
+        else:
+            engine = InferenceEngine(
+                self.models[0], window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k
+            )
         tally = needle_accuracy(
-            InferenceEngine(self.model, window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k),
+            engine,
             self.tokenizer,
             self.held_out,
             metric,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.mesh import check_topology, launched_rank, launched_world_size, resolve_device
+from parallel.mesh import check_micro_batches, check_topology, launched_rank, launched_world_size, resolve_device
 from parallel.optional import describe
 from pretrain.errors import RecipeError
 from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_batch, load_recipe
@@ -86,12 +86,6 @@ def check_input(recipe: Recipe, world_size: int) -> None:
     from data_pipeline.tokenizer import load_tokenizer
 
     model, parallel = recipe.model, recipe.parallel
-    for form in ("tensor", "context", "pipeline"):
-        if getattr(parallel, form) > 1:
-            raise RecipeError(
-                f"parallel.{form}: {getattr(parallel, form)} is not supported yet, set it to 1 "
-                "(data and expert parallelism work)"
-            )
     for stage in recipe.stages:
         data_parallel = check_topology(
             parallel,
@@ -99,12 +93,15 @@ def check_input(recipe: Recipe, world_size: int) -> None:
             num_layers=model.num_layers,
             num_heads=model.num_heads,
             num_experts=model.num_experts,
+            key_value_heads=model.shared_heads(),
+            vocab_size=model.vocab_size,
             context_length=stage.context,
             chunk_size=model.chunk_size,
             lanes=recipe.data.lanes,
             batch=recipe.stage_batch(stage),
         )
-        effective_micro_batch(recipe, stage, data_parallel)
+        micro_batch = effective_micro_batch(recipe, stage, data_parallel)
+        check_micro_batches(parallel, recipe.stage_batch(stage) // data_parallel // micro_batch, stage.name)
     resolve_device(recipe.device)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     if tokenizer.vocab_size > model.vocab_size:
@@ -237,8 +234,9 @@ class Training:
             peak_flops=peak * mesh.world_size() if peak else None,
         )
         self._cleanup.callback(self.console.close)
+        held = sum(p.numel() for model in self.models for p in model.parameters())
         self.console.say(
-            f"{recipe.name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f}M parameters on this rank, "
+            f"{recipe.name}: {held / 1e6:.2f}M parameters on this rank, "
             f"{mesh.world_size()} rank(s), {self.device}, {recipe.precision}; run directory {self.run_dir.path}"
         )
         for line in describe():
@@ -261,10 +259,10 @@ class Training:
     def _build(self, deterministic: bool) -> None:
         """Model, Megatron's gradient reduction, optimizer."""
         from parallel.optimizer import build_optimizer, wrap_model
-        from pretrain.model import build_model
+        from pretrain.model import build_chunks
 
         recipe = self.recipe
-        self.model = build_model(
+        self.models = build_chunks(
             recipe.model,
             max_length=max(stage.context for stage in recipe.stages),
             seed=recipe.seed,
@@ -274,7 +272,7 @@ class Training:
             deterministic=deterministic,
             device=self.device,
         )
-        self.chunks = wrap_model([self.model], recipe.optimizer)
+        self.chunks = wrap_model(self.models, recipe.optimizer)
         self.optimizer = build_optimizer(recipe.optimizer, self.chunks)
 
     def _restore(self, checkpoint: Path) -> None:
@@ -315,7 +313,8 @@ class Training:
         """Train in the stage going on. None when the stage has ended, else why the run stops here."""
         controller = self.controller
         stage, position = controller.stage, controller.position
-        self.model.set_schedule(window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k)
+        for model in self.models:
+            model.set_schedule(window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k)
         self._banner(stage)
         self.tracker.stage_started(stage.name, position.stage)
         with self._stream(stage) as stream:
@@ -465,7 +464,7 @@ class Training:
         until, position = stage.until, self.controller.position
         assert until.metric is not None
         if self._prober is None:
-            self._prober = Probe(self.model, self.recipe)
+            self._prober = Probe(self.models, self.recipe)
         value, record = self._prober.measure(stage, until.metric, samples=until.samples)
         value = mesh.broadcast_object(value)
         self.console.say(f"probe at step {position.step}: {until.metric} = {value:.3f}")

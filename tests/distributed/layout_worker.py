@@ -22,9 +22,10 @@ from pretrain.model import build_chunks, global_name
 from pretrain.train_step import TrainStep
 
 SMALL = dict(
-    vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=2, upper_layers=3, hsa_layers=2, num_heads=4, head_dim=8,
-    swa_kv_heads=2, hsa_kv_heads=2, retrieval_heads=2, retrieval_dim=16, chunk_size=8, encoder_ffn_hidden_size=32,
-    num_experts=4, experts_per_token=2, expert_ffn_hidden_size=16, shared_expert_ffn_hidden_size=16, init_std=0.1,
+    vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=2, upper_layers=3, hsa_layers=2,
+    num_heads=4, head_dim=8, swa_kv_heads=2, hsa_kv_heads=2, retrieval_heads=2, retrieval_dim=16, chunk_size=8,
+    encoder_ffn_hidden_size=32, num_experts=4, experts_per_token=2, expert_ffn_hidden_size=16,
+    shared_expert_ffn_hidden_size=16, init_std=0.1,
 )  # fmt: skip
 
 
@@ -40,9 +41,7 @@ def packed_batch(step, batch, length, chunk):
     same = torch.nn.functional.pad(documents[:, 1:] == documents[:, :-1], (0, 1))
     weights = torch.rand(batch, length, generator=g) * same * (torch.rand(batch, length, generator=g) < 0.9)
     domains = torch.randint(0, 2, (batch, length), generator=g).short()
-    return PackedBatch(
-        tokens=tokens, labels=labels * same, loss_weights=weights, documents=documents, domains=domains
-    )
+    return PackedBatch(tokens=tokens, labels=labels * same, loss_weights=weights, documents=documents, domains=domains)
 
 
 class Recorder:
