@@ -144,8 +144,9 @@ class HierarchicalSparseAttention(MegatronModule):
         """
         model = self.model
         hidden_states = whole_sequence(hidden_states, self.config, self.tp_group)
-        q = self.q_layernorm(self.linear_q(hidden_states))
-        retrieval = self.linear_retrieval(hidden_states)
+        retrieval_size = model.retrieval_dim // model.retrieval_heads
+        q = self.q_layernorm(self.linear_q(hidden_states)[0].unflatten(-1, (-1, model.head_dim)))
+        retrieval = self.linear_retrieval(hidden_states)[0].unflatten(-1, (-1, retrieval_size))
         # Scores decide which chunks are read at all: fp32 at least, whatever the precision of the run.
         wide = torch.promote_types(retrieval.dtype, torch.float32)
         retrieval = self.retrieval_layernorm(retrieval.to(wide))

@@ -145,10 +145,12 @@ class ChunkEncoder(MegatronModule):
         x = copy_to_tensor_model_parallel_region(self.final_layernorm(x), group=self.tp_group)
 
         tokens = x[1:].view(model.chunk_size, chunks, batch, hidden).permute(2, 1, 0, 3).reshape(batch, length, hidden)
+        landmarks = self.linear_landmark(x[0].view(chunks, batch, hidden).transpose(0, 1))[0]
+        retrieval_size = model.retrieval_dim // model.retrieval_heads
         return ContextMemory(
-            k=self.k_layernorm(self.linear_k(tokens)),
-            v=self.linear_v(tokens),
-            landmarks=self.landmark_layernorm(self.linear_landmark(x[0].view(chunks, batch, hidden).transpose(0, 1))),
+            k=self.k_layernorm(self.linear_k(tokens)[0].unflatten(-1, (-1, model.head_dim))),
+            v=self.linear_v(tokens)[0].unflatten(-1, (-1, model.head_dim)),
+            landmarks=self.landmark_layernorm(landmarks.unflatten(-1, (-1, retrieval_size))),
         )
 
     def sharded_state_dict(

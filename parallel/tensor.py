@@ -51,7 +51,7 @@ def whole_sequence(x: Tensor, config: TransformerConfig, group: torch.distribute
 
 
 class HeadLinear(MegatronModule):
-    """Projection to this rank's heads, without bias: (..., hidden) -> (..., local heads, head size).
+    """Projection to this rank's heads, without bias: (..., hidden) -> (..., local heads * head size), None.
 
     The weight (heads * head size, hidden) is split where the number of heads allows it. Where several ranks share a
     head, each holds the whole weight and uses the rows of its own head.
@@ -61,7 +61,6 @@ class HeadLinear(MegatronModule):
         self, config: TransformerConfig, heads: int, head_dim: int, group: torch.distributed.ProcessGroup
     ) -> None:
         super().__init__(config=config)
-        self.head_dim = head_dim
         self.group = group
         self.is_split = heads % group.size() == 0
         local = heads_of_rank(heads, group)
@@ -75,8 +74,9 @@ class HeadLinear(MegatronModule):
         else:
             _mark_partial(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight[self.rows]).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """The pair that Megatron's linear layers return: output, bias."""
+        return nn.functional.linear(x, self.weight[self.rows]), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

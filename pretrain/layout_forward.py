@@ -90,16 +90,26 @@ class LayoutEngine:
         """tokens (B, L) int64 -> logits (B, V) float32 of the token after them."""
         read = tokens.to(self.device)
         self._tokens = read if self._tokens is None else torch.cat((self._tokens, read), dim=1)
-        length = self._tokens.shape[1]
-        padded = nn.functional.pad(self._tokens, (0, -length % self.unit))
+        return self._logits(self._tokens)[:, -1]
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B, L, V), in evaluation mode. What is padded to the right is seen by nothing."""
+        length = tokens.shape[1]
         training = self.chunks[0].training
         for chunk in self.chunks:
             chunk.eval()
-        logits = whole_logits(self.chunks, padded)[:, length - 1]
+        logits = whole_logits(self.chunks, nn.functional.pad(tokens, (0, -length % self.unit)))
         for chunk in self.chunks:
             chunk.train(training)
-        return logits
+        return logits[:, :length]
 
     def decode(self, tokens: Tensor) -> Tensor:
         """One more token per sequence, tokens (B,) int64 -> logits (B, V) float32 of the one after it."""
         return self.prefill(tokens[:, None])
+
+    def score(self, tokens: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, L - 1) float32 negative log-likelihood in nats of tokens[:, 1:]; leaves an empty state."""
+        self.reset()
+        tokens = tokens.to(self.device)
+        logits = self._logits(tokens)[:, :-1]
+        return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
