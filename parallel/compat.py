@@ -417,6 +417,13 @@ def _quiet_known_warnings() -> None:
         ("The .grad attribute of a Tensor that is not a leaf Tensor", UserWarning),  # optimizer shards of parameters
         ("full scope is deprecated. Use empty cuda_graph_scope", UserWarning),  # a default of TransformerConfig
         ("moe_ffn_hidden_size is not set", UserWarning),
+        # Routed experts are not split over tensor-parallel ranks; the variable matters to CUDA alone.
+        ("`sequence_parallel` is set to `True`, but tensor model parallel size is 1", UserWarning),
+        *(
+            [("When using .* set the environment variable CUDA_DEVICE_MAX_CONNECTIONS", UserWarning)]
+            if CPU_SHIM
+            else []
+        ),
         ("`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),
         ("Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
         ("`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),

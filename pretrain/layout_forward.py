@@ -108,7 +108,7 @@ class LayoutEngine:
         return self.prefill(tokens[:, None])
 
     def score(self, tokens: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, L - 1) float32 negative log-likelihood in nats of tokens[:, 1:]; leaves an empty state."""
+        """(B, L) int64 -> (B, L - 1) float32 nll in nats of tokens[:, 1:]; leaves an empty state."""
         self.reset()
         tokens = tokens.to(self.device)
         logits = self._logits(tokens)[:, :-1]

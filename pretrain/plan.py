@@ -149,7 +149,13 @@ def main(args: argparse.Namespace) -> int:
     gpus = args.gpus or recipe.slurm.world_size
     model = recipe.model
     check_topology(
-        recipe.parallel, gpus, num_layers=model.num_layers, num_heads=model.num_heads, num_experts=model.num_experts
+        recipe.parallel,
+        gpus,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_experts=model.num_experts,
+        key_value_heads=model.shared_heads(),
+        vocab_size=model.vocab_size,
     )
     for warning in loaded.warnings:
         print(f"hsa: warning: {warning}", file=sys.stderr)

@@ -94,7 +94,7 @@ def run(job):
     settings = OptimizerSettings(**{"lr": 3e-3, "distributed": False, **job.get("optimizer", {})})
     wrapped = wrap_model(chunks, settings)
     recorder = Recorder(build_optimizer(settings, wrapped), wrapped)
-    moved = probe(wrapped, job, model) if "probe" in job else None
+    moved, logits = probe(wrapped, job, model)
     step = TrainStep(wrapped, recorder, ["a", "b"], device)
     results = []
     for number in range(job["steps"]):
@@ -117,6 +117,7 @@ def run(job):
         "gradients": gradients,
         "traffic": [bytes_ for _, _, bytes_ in gathered],
         "moved": moved,
+        "logits": logits,
     }
 
 
@@ -132,7 +133,7 @@ def _one_per_place(holders):
 
 
 def probe(chunks, job, model):
-    """Positions whose logits move when one token changes, in a packed batch."""
+    """Positions whose logits move when one token changes, in a packed batch, and the logits before it does."""
     batch = packed_batch(99, 2, job["length"], model.chunk_size)
     changed = batch.tokens.clone()
     changed[:, job["probe"]] = (changed[:, job["probe"]] + 1) % model.vocab_size
@@ -142,7 +143,7 @@ def probe(chunks, job, model):
     after = whole_logits(chunks, changed, batch.documents)
     for chunk in chunks:
         chunk.train()
-    return ((before - after).abs().amax(-1) > 1e-5).nonzero().tolist()
+    return ((before - after).abs().amax(-1) > 1e-5).nonzero().tolist(), before
 
 
 def main():

@@ -41,7 +41,7 @@ def test_a_run_wanders_through_layouts(tiny_recipe, hsa, tmp_path, optimizer):
 def test_a_stage_left_by_metric_is_left_at_the_same_step(tiny_recipe, hsa, tmp_path, form):
     """The probe answers the same questions at every layout."""
     options = [
-        "stages.first.until={metric: niah.single@64, at_least: 0.0, max_tokens: 1792, every_steps: 2, samples: 2}",
+        "stages.first.until={metric: niah.single@104, at_least: 0.0, max_tokens: 1792, every_steps: 2, samples: 2}",
         "max_steps=3",
     ]
     train(hsa, tiny_recipe, tmp_path / "spread", *options, f"parallel.{form}=2", ranks=2)
@@ -52,9 +52,9 @@ def test_a_stage_left_by_metric_is_left_at_the_same_step(tiny_recipe, hsa, tmp_p
 
 def test_impossible_layouts_are_refused_before_anything_starts(tiny_recipe, hsa, tmp_path):
     for option, words in (
-        ("parallel.tensor=3", "parallel.tensor"),
-        ("parallel.pipeline=9", "layers"),
-        ("parallel.context=3", "parallel"),
+        ("parallel.tensor=3", "tensor 3"),
+        ("parallel.pipeline=9", "pipeline 9"),
+        ("parallel.context=3", "context 3"),
     ):
         done = hsa("train", tiny_recipe, option, "--run-dir", tmp_path / "run")
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -79,6 +79,7 @@ def assert_same(single, spread):
     for name, expected in single["gradients"].items():
         difference = (spread["gradients"][name] - expected).norm() / expected.norm().clamp_min(1e-12)
         assert difference < 1e-4, f"{name}: {difference:.1e}"
+    torch.testing.assert_close(spread["logits"], single["logits"], rtol=1e-4, atol=1e-5)
     assert single["moved"] and spread["moved"] == single["moved"]
 
 
