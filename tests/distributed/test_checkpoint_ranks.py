@@ -1,6 +1,8 @@
 """Two gloo ranks against one: the same losses, checkpoints that go both ways, one rank's fault seen by all."""
 
+import contextlib
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -22,9 +24,12 @@ SHARED = {name: kind for name, kind in KINDS.items() if "experts" in kind}
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below the ephemeral range: rank 0 listens seconds later, and until then no connection may be given it."""
+    while True:
+        port = random.randrange(15000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run(ranks, jobs, **sizes):
