@@ -66,9 +66,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Before torch is imported: OpenMP threads that spin while they wait starve the data reader and every neighbour; a
-    # busy two-core machine then trains several times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before torch is imported: threads of GNU OpenMP spin for milliseconds when they wait. On a machine with other work
+    # (the data reader, a neighbour's job) that costs most of the speed, no spinning at all costs a third on an idle one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     command = next((word for word in argv if word in COMMANDS), None)
     try:
         args = parse(build_parser(command), argv)
