@@ -66,8 +66,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Before torch is imported: threads of GNU OpenMP spin for milliseconds when they wait. On a machine with other work
-    # (the data reader, a neighbour's job) that costs most of the speed, no spinning at all costs a third on an idle one.
+    # Before torch is imported: threads of GNU OpenMP spin for milliseconds when they wait. Beside other work (the data
+    # reader, a neighbour's job) that costs most of the speed; no spinning at all costs a third on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     command = next((word for word in argv if word in COMMANDS), None)
     try:
