@@ -104,8 +104,10 @@ def test_failed_stage_cancels_the_rest(cluster: SlurmCluster, run_dir: Path) -> 
     jobs = submit(run_dir, {"stages": {"warmup": 2, "pretrain": 5, "long": 5}, "fail_in": "pretrain"})
 
     assert [cluster.wait_until_ended(job.job_id, 60) for job in jobs] == ["COMPLETED", "FAILED", "CANCELLED"]
-    assert cluster.job(jobs[1].job_id)["ExitCode"] == "3:0", "the script returns the trainer's own status"
-    assert "training ended with status 3" in log_of(run_dir, jobs[1])
+    # srun gives the greatest status of its tasks: 3, or 143 when the first failure ended the other task with SIGTERM.
+    code = cluster.job(jobs[1].job_id)["ExitCode"]
+    assert code in ("3:0", "143:0"), "the script returns srun's own status"
+    assert f"training ended with status {code.removesuffix(':0')}" in log_of(run_dir, jobs[1])
 
 
 @pytest.mark.parametrize("lost", ["n1", "n2"], ids=["with the script and rank 0", "with rank 1"])
