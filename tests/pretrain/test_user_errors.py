@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from pretrain.cli import main
-from tests.conftest import hsa_command, hsa_environment, losses, tiny_container
+from pretrain.run_dir import RunDir
+from tests.conftest import losses, tiny_container
 
 
 def refused(capsys, *words):
@@ -171,16 +172,16 @@ def test_changed_recipe_another_model_and_damaged_checkpoints(stopped, capsys, h
 
 @pytest.mark.slow
 def test_two_trainers_on_one_run_directory(tiny_recipe, hsa, tmp_path):
-    run_dir = tmp_path / "run"
-    first = subprocess.Popen(hsa_command("train", tiny_recipe, "--run-dir", run_dir), env=hsa_environment())
+    """This process holds the lock as a trainer does; one started beside it must leave."""
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    run_dir.acquire()
     try:
-        while not (run_dir / "metrics.jsonl").exists() and first.poll() is None:
-            pass
-        done = hsa("train", tiny_recipe, "--run-dir", run_dir)
-        assert done.returncode == 2 and f"process {first.pid}" in done.stderr
+        done = hsa("train", tiny_recipe, "--run-dir", run_dir.path)
+        assert done.returncode == 2 and f"process {os.getpid()}" in done.stderr, done.stdout + done.stderr
+        assert not run_dir.metrics_path.exists()
     finally:
-        first.wait(120)
-    assert first.returncode == 0
+        run_dir.release()
 
 
 @pytest.mark.slow
