@@ -14,7 +14,7 @@ KERNEL_FILES = ("test_triton.py", "test_bench_kernels.py")
 
 
 def _choose_interpreter() -> bool:
-    """Choose the interpreter for this session. False when somebody imported Triton for the GPU before."""
+    """Choose the interpreter for this run of the tests. False when somebody imported Triton for the GPU before."""
     if "triton" not in sys.modules:
         # Stays set: parts of Triton are imported late and look again. Nothing else runs kernels without a GPU.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -14,7 +14,7 @@ import pytest
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 def test_kernel_tests_pass_in_their_own_process(kernels_run_here):
     if kernels_run_here:
-        return  # this session runs them itself
+        return  # this process runs them itself
     folder = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [str(folder / name) for name in ("test_triton.py", "test_bench_kernels.py")]
