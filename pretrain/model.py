@@ -56,7 +56,7 @@ def transformer_config(
             moe_router_enable_expert_bias=True,
             moe_router_bias_update_rate=model.expert_bias_update_rate,
             moe_router_dtype="fp32",
-            moe_token_dispatcher_type="alltoall" if parallel.expert > 1 or parallel.pipeline > 1 else "allgather",
+            moe_token_dispatcher_type="alltoall" if parallel.expert > 1 else "allgather",
         )
     stages: dict[str, object] = {}
     if parallel.pipeline > 1:
@@ -64,6 +64,7 @@ def transformer_config(
         stages = dict(
             pipeline_model_parallel_layout=stage_layout(model, parallel.pipeline * parallel.virtual_pipeline),
             variable_seq_lengths=True,  # the memory widens what later stages hand on
+            moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, dense models included
             overlap_p2p_comm=interleaved,  # interleaved without overlap gives wrong numbers in Megatron 0.16
             batch_p2p_comm=not interleaved,
         )
@@ -106,9 +107,8 @@ def transformer_config(
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=parallel.uses_sequence,
-        **moe,
+        **{**moe, **stages},
         **checkpointing,
-        **stages,
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,3 +150,12 @@ def losses(run_dir: Path) -> list[tuple[int, str, float, float]]:
     """(step, stage, loss, grad norm) of every line of metrics.jsonl, floats with all their digits."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(r["step"], r["stage"], r["loss"], r["grad_norm"]) for r in records]
+
+
+def free_port() -> int:
+    """A port below the ephemeral range: rank 0 listens seconds later, and until then no connection may be given it."""
+    while True:
+        port = random.randrange(15000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -1,13 +1,22 @@
-"""One rank of the layout tests: trains a small model at each layout asked for and saves what rank 0 gathered.
+"""The ranks of the layout tests: a small model trained at each layout asked for, and what rank 0 gathered of it.
 
-Arguments: a JSON list of jobs, and the file for torch.save. A job is {"parallel": {...}, "model": {...}, "window": int,
-"hsa_window": int, "top_k": int or null, "length": int, "steps": int, "optimizer": {...}, "micro_batch": int,
-"recompute": str, "probe": position of the token to change}. Its result holds losses, grad_norms (one per step),
-gradients after the first step by global parameter name, traffic per step in bytes, and the positions that move.
+Arguments: a JSON file with a list of jobs, and a folder. All modules are imported once; then, for every number of
+ranks, one set of processes is forked that runs all jobs of that number one after the other, with new process groups for
+each, and saves each result as FOLDER/NAME.pt as soon as it is there. What a set prints is in FOLDER/ranks-N.log.
+
+A job is {"name": str, "ranks": int, "parallel": {...}, "model": {...}, "window": int, "hsa_window": int, "top_k": int
+or null, "length": int, "steps": int, "micro_batch": int, "recompute": str, "probe": position of the token to change}.
+Its result holds losses, grad_norms (one per step), gradients after the first step by global parameter name, traffic of
+a step in bytes by rank, and the positions that move.
 """
 
 import json
+import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import time
+from pathlib import Path
 
 import torch
 
@@ -20,6 +29,7 @@ from parallel.optimizer import OptimizerSettings, build_optimizer, wrap_model
 from pretrain.layout_forward import whole_logits
 from pretrain.model import build_chunks, global_name
 from pretrain.train_step import TrainStep
+from tests.conftest import free_port
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=2, upper_layers=3, hsa_layers=2,
@@ -146,13 +156,43 @@ def probe(chunks, job, model):
     return ((before - after).abs().amax(-1) > 1e-5).nonzero().tolist(), before
 
 
-def main():
+def rank_main(jobs, rank, ranks, port, folder):
+    """One forked rank: all jobs of one number of ranks."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    log = os.open(folder / f"ranks-{ranks}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     mesh.initialize(device="cpu", seed=1)
-    results = [run(job) for job in json.loads(sys.argv[1])]
-    if mesh.is_writer():
-        torch.save(results, sys.argv[2])
+    for job in jobs:
+        started = time.perf_counter()
+        result = run(job)
+        if mesh.is_writer():
+            torch.save(result, folder / f"{job['name']}.pt")
+            print(f"{job['name']}: {time.perf_counter() - started:.1f} s", flush=True)
     mesh.barrier()
     mesh.shutdown()
+
+
+def run_ranks(jobs, ranks, port, folder):
+    """Fork the ranks and wait for them; when one fails the others are ended, since they would wait for it."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=rank_main, args=(jobs, rank, ranks, port, folder)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()])
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+    for process in processes:
+        process.join()
+
+
+def main():
+    jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for ranks in sorted({job["ranks"] for job in jobs}):
+        run_ranks([job for job in jobs if job["ranks"] == ranks], ranks, free_port(), folder)
 
 
 if __name__ == "__main__":

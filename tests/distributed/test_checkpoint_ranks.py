@@ -1,16 +1,13 @@
 """Two gloo ranks against one: the same losses, checkpoints that go both ways, one rank's fault seen by all."""
 
-import contextlib
 import json
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import hsa_environment
+from tests.conftest import free_port, hsa_environment
 
 pytestmark = pytest.mark.distributed
 
@@ -21,15 +18,6 @@ KINDS = {
     "muon, experts, overlapped": {"name": "muon", "experts": 4, "overlap": True},
 }
 SHARED = {name: kind for name, kind in KINDS.items() if "experts" in kind}
-
-
-def free_port():
-    """A port below the ephemeral range: rank 0 listens seconds later, and until then no connection may be given it."""
-    while True:
-        port = random.randrange(15000, 30000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def run(ranks, jobs, **sizes):

@@ -1,4 +1,7 @@
-"""Real gloo ranks at every parallel layout against one rank: losses, norms, every gradient, and what a token moves."""
+"""Real gloo ranks at every parallel layout against one rank: losses, norms, every gradient, and what a token moves.
+
+Every layout is a test of its own; `layout_worker.py` runs all layouts of one number of ranks in one set of processes.
+"""
 
 import json
 import subprocess
@@ -15,65 +18,93 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 # Packed documents in every batch; top_k below the number of chunks, so that selection matters.
-BASE = {"window": 16, "hsa_window": 8, "top_k": 3, "length": 64, "steps": 3, "probe": 19}
+BASE = {"window": 16, "hsa_window": 8, "top_k": 3, "length": 64, "steps": 20, "micro_batch": 2, "probe": 19}
 ONE_HEAD = {"hsa_kv_heads": 1, "retrieval_heads": 1, "swa_kv_heads": 1}
+DENSE = {"num_experts": 0}
+FEW = {"steps": 3}  # variants of a layout that is there with 20 steps
 
-TWO_RANKS = {
-    "tensor": {"parallel": {"tensor": 2}},
-    "tensor without sequence": {"parallel": {"tensor": 2, "sequence": False}, "model": {"num_experts": 0}},
-    "tensor, one key/value head": {"parallel": {"tensor": 2}, "model": ONE_HEAD},
-    "context": {"parallel": {"context": 2}},
-    "context, wide windows": {
-        "parallel": {"context": 2}, "window": 48, "hsa_window": 40, "top_k": None, "recompute": "full",
+LAYOUTS = {
+    2: {
+        "tensor, sequence": {"parallel": {"tensor": 2}, "micro_batch": 4},
+        "tensor": {"parallel": {"tensor": 2, "sequence": False}, "model": DENSE, "micro_batch": 4},
+        "tensor, one key-value head": {"parallel": {"tensor": 2}, "model": ONE_HEAD, **FEW},
+        "context": {"parallel": {"context": 2}},
+        "context, windows wider than a slice": {
+            "parallel": {"context": 2}, "window": 48, "hsa_window": 40, "top_k": None, "recompute": "full", **FEW,
+        },
+        "context, attention recomputed": {"parallel": {"context": 2}, "recompute": "selective", **FEW},
+        "pipeline": {"parallel": {"pipeline": 2}},
+        "pipeline, untied": {
+            "parallel": {"pipeline": 2}, "model": {"tied_embeddings": False}, "recompute": "full", **FEW,
+        },
+        "pipeline, attention recomputed": {"parallel": {"pipeline": 2}, "recompute": "selective", **FEW},
+        "interleaved pipeline": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "micro_batch": 1},
+        "expert": {"parallel": {"expert": 2}},
+        "data": {"parallel": {}},
     },
-    "pipeline": {"parallel": {"pipeline": 2}},
-    "pipeline, untied": {"parallel": {"pipeline": 2}, "model": {"tied_embeddings": False}, "recompute": "full"},
-    "interleaved pipeline": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
-    "expert": {"parallel": {"expert": 2}},
-    "data": {"parallel": {}, "micro_batch": 2},
+    4: {
+        "tensor, 2 key-value heads": {"parallel": {"tensor": 4}, "micro_batch": 4},
+        "context, windows over several slices": {"parallel": {"context": 4}, "window": 40, "hsa_window": 24},
+        "pipeline": {"parallel": {"pipeline": 4}, "micro_batch": 1},
+        "expert": {"parallel": {"expert": 4}, "micro_batch": 1},
+        "tensor x context": {
+            "parallel": {"tensor": 2, "context": 2}, "model": ONE_HEAD, "window": 40, "micro_batch": 4,
+        },
+        "context x pipeline": {"parallel": {"context": 2, "pipeline": 2}, "model": {"swa_in_hsa": False}},
+        "expert x data": {"parallel": {"expert": 2}, "micro_batch": 1},
+        "tensor x expert": {"parallel": {"tensor": 2, "expert": 2}, **FEW},
+    },
+    8: {
+        "tensor x expert x pipeline": {"parallel": {"tensor": 2, "expert": 2, "pipeline": 2}},
+        "tensor x context x pipeline": {"parallel": {"tensor": 2, "context": 2, "pipeline": 2}, "model": DENSE, **FEW},
+    },
 }  # fmt: skip
-FOUR_RANKS = {
-    "tensor": {"parallel": {"tensor": 4}},
-    "context, windows over several slices": {"parallel": {"context": 4}, "window": 40, "hsa_window": 24},
-    "pipeline": {"parallel": {"pipeline": 4}},
-    "tensor x context": {"parallel": {"tensor": 2, "context": 2}, "model": ONE_HEAD, "window": 40},
-    "context x pipeline": {"parallel": {"context": 2, "pipeline": 2}, "model": {"swa_in_hsa": False}},
-    "tensor x expert": {"parallel": {"tensor": 2, "expert": 2}},
-    "expert x data": {"parallel": {"expert": 2}},
-}
+CASES = [(ranks, name) for ranks, layouts in LAYOUTS.items() for name in layouts]
 
 
-def launch(jobs, ranks, out):
-    """Results of the jobs at one number of ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), str(WORKER), json.dumps(jobs), str(out)]
-    done = subprocess.run(command, env=hsa_environment(), capture_output=True, text=True, timeout=500)
+def reference_of(job):
+    """The name and the job of one rank that a layout is compared with; several layouts share one."""
+    same = {key: value for key, value in job.items() if key not in ("parallel", "micro_batch", "recompute", "steps")}
+    same |= {"steps": BASE["steps"], "micro_batch": 4, "parallel": {}}
+    return json.dumps(same, sort_keys=True), same
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A function that gives (one rank's result, the layout's) for a number of ranks and the name of a layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    jobs, references = [], {}
+    for ranks, name in CASES:
+        job = {**BASE, **LAYOUTS[ranks][name]}
+        key, reference = reference_of(job)
+        if key not in references:
+            references[key] = {**reference, "ranks": 1, "name": f"reference {len(references)}"}
+        jobs.append({**job, "ranks": ranks, "name": f"{ranks} {name}", "reference": references[key]["name"]})
+    (folder / "jobs.json").write_text(json.dumps([*references.values(), *jobs]))
+    command = [sys.executable, "-W", "ignore", str(WORKER), str(folder / "jobs.json"), str(folder)]
+    done = subprocess.run(command, env=hsa_environment(), capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
-    return torch.load(out)
+    by_name = {job["name"]: job["reference"] for job in jobs}
+
+    def both(ranks, name):
+        found = []
+        for wanted, number in ((by_name[f"{ranks} {name}"], 1), (f"{ranks} {name}", ranks)):
+            path = folder / f"{wanted}.pt"
+            assert path.exists(), f"{wanted} gave no result:\n{(folder / f'ranks-{number}.log').read_text()[-6000:]}"
+            found.append(torch.load(path))
+        return found
+
+    return both
 
 
-def both(jobs, ranks, folder):
-    """(one rank's result, the layout's) by name."""
-    jobs = {name: {**BASE, **job} for name, job in jobs.items()}
-    single = launch([{**job, "parallel": {}} for job in jobs.values()], 1, folder / "one.pt")
-    spread = launch(list(jobs.values()), ranks, folder / "many.pt")
-    return dict(zip(jobs, zip(single, spread, strict=True), strict=True))
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return both(TWO_RANKS, 2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return both(FOUR_RANKS, 4, tmp_path_factory.mktemp("four"))
-
-
-def assert_same(single, spread):
-    assert spread["losses"] == pytest.approx(single["losses"], rel=1e-5)
-    assert spread["grad_norms"] == pytest.approx(single["grad_norms"], rel=1e-4)
-    for ours, theirs in zip(spread["domains"], single["domains"], strict=True):
+@pytest.mark.parametrize(("ranks", "layout"), CASES, ids=[f"{ranks} ranks: {name}" for ranks, name in CASES])
+def test_a_layout_equals_one_rank(results, ranks, layout):
+    single, spread = results(ranks, layout)
+    steps = len(spread["losses"])
+    assert steps == {**BASE, **LAYOUTS[ranks][layout]}["steps"]
+    assert spread["losses"] == pytest.approx(single["losses"][:steps], rel=1e-5)
+    assert spread["grad_norms"][0] == pytest.approx(single["grad_norms"][0], rel=1e-4)
+    for ours, theirs in zip(spread["domains"], single["domains"], strict=False):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert spread["gradients"].keys() == single["gradients"].keys()
     for name, expected in single["gradients"].items():
@@ -83,20 +114,10 @@ def assert_same(single, spread):
     assert single["moved"] and spread["moved"] == single["moved"]
 
 
-@pytest.mark.parametrize("layout", TWO_RANKS)
-def test_two_ranks_equal_one(two, layout):
-    assert_same(*two[layout])
-
-
-@pytest.mark.parametrize("layout", FOUR_RANKS)
-def test_four_ranks_equal_one(four, layout):
-    assert_same(*four[layout])
-
-
-def test_bytes_moved_are_those_of_the_formula(four):
+def test_bytes_moved_are_those_of_the_formula(results):
     """Context parallelism: windows' halos, and the memory once, however many HSA layers there are."""
-    _, spread = four["context, windows over several slices"]
-    ranks, micro_batches, length, width = 4, 4, 16, 4
+    _, spread = results(4, "context, windows over several slices")
+    ranks, micro_batches, batch, length, width = 4, 2, 2, 16, 4
     key_value = 2 * 2 * 8 * width  # keys and values, heads, head size
     reach = {40: 39, 24: 23}
     for rank, (halo, memory) in enumerate(spread["traffic"]):
@@ -105,7 +126,7 @@ def test_bytes_moved_are_those_of_the_formula(four):
             shares = halo_shares(length, reach[window], ranks)
             received += layers * sum(shares[:rank])
             returned += layers * sum(shares[: ranks - 1 - rank])
-        assert halo == micro_batches * (received + returned) * key_value
+        assert halo == micro_batches * batch * (received + returned) * key_value
         chunk = (2 * 8 * 2 * 8 + 16) * width  # keys and values of a chunk of 8, its landmark
         # Two HSA layers, one exchange: gathered in forward, scattered in backward.
-        assert memory == micro_batches * 2 * (ranks - 1) * (length // 8) * chunk
+        assert memory == micro_batches * batch * 2 * (ranks - 1) * (length // 8) * chunk
