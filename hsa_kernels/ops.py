@@ -15,7 +15,16 @@ from hsa_kernels import reference
 from hsa_kernels.reference import selection_weights
 from hsa_kernels.shapes import check_hsa_shapes, check_selection_shapes, check_window_shapes
 
-__all__ = ["hsa_attention", "hsa_decode", "select_chunks", "selection_weights", "sliding_window_attention"]
+__all__ = [
+    "hsa_attention",
+    "hsa_decode",
+    "hsa_decode_attend",
+    "hsa_decode_select",
+    "select_chunks",
+    "selection_weights",
+    "sliding_window_attention",
+    "window_decode",
+]
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -111,6 +120,61 @@ def select_chunks(
     )
 
 
+def hsa_decode_select(
+    q_select: Tensor, landmarks: Tensor, visible: Tensor, *, top_k: int, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The chunks one new token per sequence reads: ids (B, Hr, K) int32, ascending, and weights (B, Hr, K), their
+    softmaxed scores, without gradients.
+
+    q_select (B, Hr, Dr); landmarks (B, C, Hr, Dr), a cache of any capacity C; visible (B,) int32 on the device: chunks
+    0..visible-1 may be chosen. K is top_k or more (the kernels' next power of two); -1 and weight 0 fill it up. Only
+    shapes decide what is launched: a CUDA graph of the call serves a context that grows up to C.
+    """
+
+    def reason() -> str | None:
+        from hsa_kernels import decode
+
+        return decode.supports_select(q_select, landmarks, top_k)
+
+    if _use_kernels(backend, "hsa_decode_select", q_select.device.type, reason):
+        from hsa_kernels import decode
+
+        return decode.select(q_select, landmarks, visible, top_k=top_k)
+    return reference.hsa_decode_select(q_select, landmarks, visible, top_k=top_k)
+
+
+def hsa_decode_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    *,
+    chunk_size: int = 64,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of one new token per sequence to its chosen chunks, without gradients.
+
+    q (B, Hq, D); k, v (B, C * chunk_size, Hkv, D); weights, indices (B, Hr, K), Hr = Hkv or 1, -1 = none. Returns
+    (B, Hq, D). The bits depend on the chunks' contents and their order, not on where in k and v they lie.
+    """
+
+    def reason() -> str | None:
+        from hsa_kernels import decode
+
+        if softmax_scale is not None and softmax_scale < 0:
+            return f"softmax_scale {softmax_scale} (0 or more)"
+        return decode.supports_attend(q, k, v, indices.shape[2], chunk_size)
+
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if _use_kernels(backend, "hsa_decode_attend", q.device.type, reason):
+        from hsa_kernels import decode
+
+        return decode.attend(q, k, v, weights, indices, chunk_size=chunk_size, scale=scale)
+    return reference.hsa_decode_attend(q, k, v, weights, indices, chunk_size=chunk_size, softmax_scale=scale)
+
+
 def hsa_decode(
     q: Tensor,
     k: Tensor,
@@ -124,30 +188,33 @@ def hsa_decode(
     softmax_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Selection and attention of one new token per sequence, without gradients.
+    """Selection and attention of one new token per sequence, without gradients: `hsa_decode_select`, then
+    `hsa_decode_attend`. Returns (B, Hq, D).
+    """
+    ids, weights = hsa_decode_select(q_select, landmarks, visible, top_k=top_k, backend=backend)
+    return hsa_decode_attend(q, k, v, weights, ids, chunk_size=chunk_size, softmax_scale=softmax_scale, backend=backend)
 
-    q (B, Hq, D); k, v (B, C * chunk_size, Hkv, D) and landmarks (B, C, Hr, Dr) are caches of any capacity C;
-    q_select (B, Hr, Dr), Hr = Hkv or 1; visible (B,) int32 on the device: chunks 0..visible-1 may be chosen (completed
-    ones, minus those that an excluded window hides). Returns (B, Hq, D). The kernels read `visible` on the device and
-    launch the same grid always: capture the call in a CUDA graph and let the context grow up to C.
+
+def window_decode(
+    q: Tensor, k: Tensor, v: Tensor, filled: Tensor, *, softmax_scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Attention of one new token per sequence to a ring buffer of its window, without gradients.
+
+    q (B, Hq, D); k, v (B, Hkv, W, D), in any order, the token itself included; filled (B,) integer on the device:
+    slots 0..filled-1 hold something. Returns (B, Hq, D) in q's dtype.
     """
 
     def reason() -> str | None:
-        from hsa_kernels import decode
+        from hsa_kernels import window_ring
 
-        if softmax_scale is not None and softmax_scale < 0:
-            return f"softmax_scale {softmax_scale} (0 or more)"
-        return decode.supports(q, k, v, q_select, top_k, chunk_size)
+        return window_ring.supports(q, k, v)
 
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if _use_kernels(backend, "hsa_decode", q.device.type, reason):
-        from hsa_kernels import decode
+    if _use_kernels(backend, "window_decode", q.device.type, reason):
+        from hsa_kernels import window_ring
 
-        inputs = (q, k, v, q_select, landmarks, visible)
-        return decode.decode(*inputs, top_k=top_k, chunk_size=chunk_size, scale=scale)
-    return reference.hsa_decode(
-        q, k, v, q_select, landmarks, visible, top_k=top_k, chunk_size=chunk_size, softmax_scale=scale
-    )
+        return window_ring.window_decode(q, k, v, filled, scale)
+    return reference.window_decode(q, k, v, filled, softmax_scale=scale)
 
 
 def sliding_window_attention(

@@ -25,9 +25,12 @@ from hsa_kernels.shapes import check_hsa_shapes, check_selection_shapes, check_w
 __all__ = [
     "hsa_attention",
     "hsa_decode",
+    "hsa_decode_attend",
+    "hsa_decode_select",
     "select_chunks",
     "selection_weights",
     "sliding_window_attention",
+    "window_decode",
 ]
 
 # One block's scores stay below this many bytes: small enough for the caches and for a machine of a few GB.
@@ -309,6 +312,48 @@ def selection_weights(scores: Tensor, indices: Tensor) -> Tensor:
     return e / torch.where(total > 0, total, torch.ones_like(total))
 
 
+def hsa_decode_select(q_select: Tensor, landmarks: Tensor, visible: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
+    """Chosen ids and their weights (B, Hr, top_k); shapes in `ops.hsa_decode_select`."""
+    dtype = _compute_dtype(q_select)
+    scale = 1.0 / math.sqrt(q_select.shape[-1])
+    scores = torch.matmul(landmarks.to(dtype).transpose(1, 2), (q_select.to(dtype) * scale)[..., None])[..., 0]
+    chunks = landmarks.shape[1]
+    seen = torch.arange(chunks, device=q_select.device) < visible[:, None]
+    ids = _top_ids(scores, seen[:, None], top_k)
+    picked = _gather_scores(scores, ids, top_k)
+    ids = torch.where(ids < chunks, ids, -1).to(torch.int32)
+    return ids, selection_weights(picked, ids)
+
+
+def hsa_decode_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    *,
+    chunk_size: int = 64,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Attention to the chosen chunks, gathered first; shapes in `ops.hsa_decode_attend`."""
+    batch, heads_q, dim = q.shape
+    heads = k.shape[2]
+    dtype = _compute_dtype(q)
+    scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    ids = indices.long().expand(batch, heads, -1)
+    weights = torch.where(ids >= 0, weights.to(dtype).expand(batch, heads, -1), 0.0)
+    rows = torch.arange(batch, device=q.device)[:, None, None], ids.clamp(min=0)
+    head = torch.arange(heads, device=q.device)[None, :, None]
+
+    def chosen(x: Tensor) -> Tensor:  # (B, Hkv, K, S, D)
+        return x.unflatten(1, (-1, chunk_size))[rows[0], rows[1], :, head].to(dtype)
+
+    qh = (q.to(dtype) * scale).view(batch, heads, 1, heads_q // heads, dim)
+    p = torch.softmax(torch.matmul(qh, chosen(k).transpose(-1, -2)), -1)
+    out = torch.matmul(p * weights[..., None, None], chosen(v)).sum(2)
+    return out.reshape(batch, heads_q, dim).to(q.dtype)
+
+
 def hsa_decode(
     q: Tensor,
     k: Tensor,
@@ -322,22 +367,20 @@ def hsa_decode(
     softmax_scale: float | None = None,
 ) -> Tensor:
     """Selection and attention of one new token per sequence; shapes in `ops.hsa_decode`."""
-    heads_kv, chunks = k.shape[2], landmarks.shape[1]
-    outputs = []
-    for b in range(q.shape[0]):
-        # Position visible * chunk_size sees exactly the chunks before it.
-        offset = min(int(visible[b]), chunks) * chunk_size
-        ids, scores = select_chunks(
-            q_select[b : b + 1, None],
-            landmarks[b : b + 1],
-            top_k=top_k,
-            chunk_size=chunk_size,
-            query_offset=offset,
-        )
-        weights = selection_weights(scores, ids).expand(-1, -1, heads_kv, -1)
-        args = (q[b : b + 1, None], k[b : b + 1], v[b : b + 1], weights, ids.expand(-1, -1, heads_kv, -1))
-        outputs.append(hsa_attention(*args, chunk_size=chunk_size, softmax_scale=softmax_scale)[:, 0])
-    return torch.cat(outputs)
+    ids, weights = hsa_decode_select(q_select, landmarks, visible, top_k=top_k)
+    return hsa_decode_attend(q, k, v, weights, ids, chunk_size=chunk_size, softmax_scale=softmax_scale)
+
+
+def window_decode(q: Tensor, k: Tensor, v: Tensor, filled: Tensor, *, softmax_scale: float | None = None) -> Tensor:
+    """Attention of one new token to a ring buffer; shapes in `ops.window_decode`."""
+    batch, heads_q, dim = q.shape
+    heads, size = k.shape[1], k.shape[2]
+    dtype = _compute_dtype(q)
+    scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    scores = torch.matmul((q.to(dtype) * scale).view(batch, heads, -1, dim), k.to(dtype).transpose(-1, -2))
+    empty = torch.arange(size, device=q.device) >= filled[:, None]
+    p = torch.softmax(scores.masked_fill(empty[:, None, None], -math.inf), -1)
+    return torch.matmul(p, v.to(dtype)).reshape(batch, heads_q, dim).to(q.dtype)
 
 
 def sliding_window_attention(

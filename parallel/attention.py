@@ -134,6 +134,18 @@ class HierarchicalSparseAttention(MegatronModule):
         self.retrieval_layernorm = RMSNorm(config, retrieval_size, config.layernorm_epsilon)
         self.checkpoint_core_attention = config.recompute_granularity == "selective"
 
+    def queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states (L, B, hidden), whole -> queries (L, B, Hq, D) and retrieval queries (L, B, Hr, Dr), fp32 at
+        least.
+        """
+        model = self.model
+        q = self.q_layernorm(self.linear_q(hidden_states)[0].unflatten(-1, (-1, model.head_dim)))
+        retrieval = self.linear_retrieval(hidden_states)[0]
+        retrieval = retrieval.unflatten(-1, (-1, model.retrieval_dim // model.retrieval_heads))
+        # Scores decide which chunks are read at all: fp32 at least, whatever the precision of the run.
+        wide = torch.promote_types(retrieval.dtype, torch.float32)
+        return q, self.retrieval_layernorm(retrieval.to(wide))
+
     def forward(
         self, hidden_states: Tensor, memory: ContextMemory, *, documents: Tensor | None = None, query_offset: int = 0
     ) -> Tensor:
@@ -143,13 +155,8 @@ class HierarchicalSparseAttention(MegatronModule):
         Returns the like of hidden_states; rows that see no completed chunk are 0 before the output projection.
         """
         model = self.model
-        hidden_states = whole_sequence(hidden_states, self.config, self.tp_group)
-        retrieval_size = model.retrieval_dim // model.retrieval_heads
-        q = self.q_layernorm(self.linear_q(hidden_states)[0].unflatten(-1, (-1, model.head_dim)))
-        retrieval = self.linear_retrieval(hidden_states)[0].unflatten(-1, (-1, retrieval_size))
-        # Scores decide which chunks are read at all: fp32 at least, whatever the precision of the run.
-        wide = torch.promote_types(retrieval.dtype, torch.float32)
-        retrieval = self.retrieval_layernorm(retrieval.to(wide))
+        q, retrieval = self.queries(whole_sequence(hidden_states, self.config, self.tp_group))
+        wide = retrieval.dtype
 
         def attend(q: Tensor, retrieval: Tensor, k: Tensor, v: Tensor, landmarks: Tensor) -> Tensor:
             indices, scores = ops.select_chunks(
@@ -164,6 +171,7 @@ class HierarchicalSparseAttention(MegatronModule):
             if indices.shape[2] < k.shape[2]:  # one retrieval shared by all key/value heads
                 indices = indices.expand(-1, -1, k.shape[2], -1)
                 weights = weights.expand(-1, -1, k.shape[2], -1)
+            k, v, indices = memory.fetch(k, v, indices)
             out = ops.hsa_attention(q.transpose(0, 1), k, v, weights, indices, chunk_size=model.chunk_size)
             return out.transpose(0, 1).flatten(2)
 

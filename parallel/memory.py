@@ -29,6 +29,13 @@ class ContextMemory:
     def chunks(self) -> int:
         return self.landmarks.shape[1]
 
+    def fetch(self, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values to attend to, and the chosen chunks' ids (B, L, Hkv, K) among them: here all there are.
+
+        A memory that is kept elsewhere brings the chosen chunks only.
+        """
+        return k, v, indices
+
     def pack(self) -> Tensor:
         """(C, B, S * Hkv * D * 2 + Hr * Dr), chunk first like Megatron's hidden states are token first."""
         batch, chunks = self.landmarks.shape[:2]

@@ -1,61 +1,59 @@
 """Reading a long prompt and continuing it: segment by segment, with state of bounded size besides the context memory.
 
-Why a prompt costs linear time, exactly. HSA layers read only the context memory, which is made from the lower decoder's
-output. The lower decoder is sliding-window attention, so it can be run segment by segment with the last `window - 1`
-keys and values of each layer. The upper decoder's windows reach back at most sum(window - 1) tokens in all, so for the
-next token only that last stretch of the prompt has to pass the upper decoder at all. `full_prefill` runs it over
-everything, for comparison.
+Why a prompt costs linear time, exactly: docs/inference.md has the proof. HSA layers read only the context memory, which
+is made from the lower decoder's output. The lower decoder is sliding-window attention, so it can be run segment by
+segment with the last `window - 1` keys and values of each layer. The upper decoder's windows reach back at most
+sum(window - 1) tokens in all, so for the next token only that last stretch of the prompt has to pass the upper decoder
+at all. `full_prefill` runs it over everything, for comparison.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.layers import DecoderLayer, KeysAndValues
 from parallel.memory import ContextMemory
+from pretrain.context_store import ContextStore, Placement
+from pretrain.decode_step import DecodeStep
 from pretrain.model import HSAModel
 
 
-class GrowingMemory:
-    """Context memory that chunks are appended to; buffers double, so appending costs constant time on average."""
+@dataclass(frozen=True)
+class Reading:
+    """Sequences that were read up to the same position. Nothing in it is ever changed in place.
 
-    def __init__(self) -> None:
-        self.chunks = 0
-        self._buffers: list[Tensor] = []
-        self._chunk_size = 0
+    rows: their numbers in the batch. position: tokens that passed the lower decoder. halos: by layer number, the last
+    window - 1 keys (not rotated) and values, (n, B, Hkv, D). pending: lower output of the chunk that is not complete
+    yet, (m, B, hidden).
+    """
 
-    def append(self, new: ContextMemory) -> None:
-        parts = [new.k, new.v, new.landmarks]
-        if not self._buffers:
-            self._chunk_size = new.k.shape[1] // new.chunks
-            self._buffers = [part.new_empty(part.shape[0], 0, *part.shape[2:]) for part in parts]
-        needed = self.chunks + new.chunks
-        capacity = self._buffers[2].shape[1]
-        for index, part in enumerate(parts):
-            per_chunk = part.shape[1] // new.chunks
-            if needed > capacity:
-                old = self._buffers[index]
-                grown = old.new_empty(old.shape[0], max(needed, 2 * capacity) * per_chunk, *old.shape[2:])
-                grown[:, : self.chunks * per_chunk] = old[:, : self.chunks * per_chunk]
-                self._buffers[index] = grown
-            self._buffers[index][:, self.chunks * per_chunk : needed * per_chunk] = part
-        self.chunks = needed
+    rows: tuple[int, ...]
+    position: int = 0
+    halos: dict[int, KeysAndValues] = field(default_factory=dict)
+    pending: Tensor | None = None
 
-    def view(self) -> ContextMemory | None:
-        """The chunks appended so far, or None before the first."""
-        if not self.chunks:
-            return None
-        k, v, landmarks = self._buffers
-        tokens = self.chunks * self._chunk_size
-        return ContextMemory(k=k[:, :tokens], v=v[:, :tokens], landmarks=landmarks[:, : self.chunks])
+    def part(self, rows: Sequence[int]) -> Reading:
+        """Some of its sequences."""
+        if tuple(rows) == self.rows:
+            return self
+        where = [self.rows.index(row) for row in rows]
+        halos = {number: (k[:, where], v[:, where]) for number, (k, v) in self.halos.items()}
+        return Reading(tuple(rows), self.position, halos, None if self.pending is None else self.pending[:, where])
 
 
 class InferenceEngine:
     """Streams tokens through a model.
 
-    window, hsa_window in tokens; top_k in chunks (None: all visible); segment: tokens per forward pass while a prompt
-    is read. All sequences of a batch have the same length.
+    window, hsa_window in tokens; top_k in chunks (None: all visible); segment: tokens of one sequence per forward pass
+    while a prompt is read (None: 2048, on CUDA 16384). memory: where the context memory's keys and values lie. frozen:
+    nobody trains these weights while the engine lives; then mixtures of experts are computed without asking the device
+    how many tokens each expert got, and on CUDA a decode step is one CUDA graph (not with the memory on the host, where
+    the chosen chunks are fetched in between).
     """
 
     def __init__(
@@ -65,81 +63,118 @@ class InferenceEngine:
         window: int,
         hsa_window: int,
         top_k: int | None,
-        segment: int = 2048,
+        segment: int | None = None,
         full_prefill: bool = False,
+        memory: Placement | None = None,
+        frozen: bool = False,
     ) -> None:
-        if segment < 1:
-            raise ValueError(f"segment must be at least one token, is {segment}")
+        parameter = next(model.parameters())
         self.model = model
+        self.device = parameter.device
         self.settings = {"window": window, "hsa_window": hsa_window, "top_k": top_k}
-        self.segment = segment
+        self.segment = segment or (16384 if self.device.type == "cuda" else 2048)
+        if self.segment < 1:
+            raise ValueError(f"segment must be at least one token, is {segment}")
         self.full_prefill = full_prefill
+        self.frozen = frozen
+        self.placement = memory or Placement()
+        self.uses_graph = frozen and self.device.type == "cuda" and not self.placement.host
         layers = list(model.decoder.layers)
         first_hsa = next(i for i, layer in enumerate(layers) if layer.has_hsa)
         self.lower: list[DecoderLayer] = layers[:first_hsa]
         self.upper: list[DecoderLayer] = layers[first_hsa:]
-        self.device = next(model.parameters()).device
         windows = [hsa_window if layer.has_hsa else window for layer in self.upper if layer.has_window]
         self.receptive_field = 1 + sum(size - 1 for size in windows)
         # Only differences of positions matter inside a window, so angles are counted from the left end of the halo:
         # they stay small however long the text is (an absolute position of 16M would have no fp32 precision left).
-        self._angles = model.rotary_pos_emb(segment + max(window, hsa_window))
+        self._angles = model.rotary_pos_emb(self.segment + max(window, hsa_window))
+        self.store = ContextStore(model.model, self.device, parameter.dtype, self.placement)
+        self._step: DecodeStep | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything read so far."""
-        self.position = 0  # tokens that passed the lower decoder
-        self._halos: dict[int, KeysAndValues] = {}
-        self._pending: Tensor | None = None  # lower output of the chunk that is not complete yet (n, B, hidden)
-        self._memory = GrowingMemory()
+        """Forget everything read so far; buffers stay."""
+        self._readings: list[Reading] = []
+        self._positions: list[int] | None = None  # of every sequence, while the decode step holds the state
 
     # -------------------------------------------------------------------------------------------------------- public
     # calls
 
+    @property
+    def positions(self) -> list[int]:
+        """Tokens read so far, by sequence; empty before the first prompt."""
+        if self._positions is not None:
+            return list(self._positions)
+        found = {row: reading.position for reading in self._readings for row in reading.rows}
+        return [found[row] for row in sorted(found)]
+
     @torch.no_grad()
-    def prefill(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) int64 -> logits (B, V) float32 of the token after them."""
-        if tokens.shape[1] < 1:
-            raise ValueError("an empty prompt has no next token: give at least one token")
+    def prefill(self, tokens: Tensor, lengths: Sequence[int] | None = None, *, padded_left: bool = False) -> Tensor:
+        """tokens (B, L) int64 -> logits (B, V) float32 of the token after them.
+
+        lengths: real tokens of every row, those behind them (before them: padded_left) being padding of any id; None:
+        all L. Called again, it goes on where the sequences are.
+        """
+        batch, longest = tokens.shape
+        lengths = [longest] * batch if lengths is None else [int(n) for n in lengths]
+        if len(lengths) != batch or min(lengths, default=0) < 1 or max(lengths) > longest:
+            raise ValueError(f"an empty prompt has no next token: {batch} rows of up to {longest}, lengths {lengths}")
+        before = self.readings()
+        if before and sum(len(reading.rows) for reading in before) != batch:
+            raise ValueError(f"{len(self.positions)} sequences are being read, {batch} go on: reset first")
+        readings = before or [Reading(tuple(range(batch)))]
+        size = self.model.model.chunk_size
+        chunks = max((reading.position + lengths[row]) // size for reading in readings for row in reading.rows)
+        self._reserve(batch, chunks + 8 + chunks // 64, keep=bool(before))
+        tokens = tokens.to(self.device)
+        logits: dict[int, Tensor] = {}
+        after: list[Reading] = []
         with self._evaluating():
-            tail: list[Tensor] = []
-            for part in tokens.to(self.device).split(self.segment, dim=1):
-                hidden = self._read(part)
-                if self.full_prefill:
-                    tail = [self._upper(hidden, self.position - hidden.shape[0])]
-                    continue
-                tail.append(hidden)
-                while sum(t.shape[0] for t in tail[1:]) >= self.receptive_field:
-                    tail.pop(0)
-            if self.full_prefill:
-                return self._next_logits(tail[0])
-            stretch = torch.cat(tail)[-self.receptive_field :]
-            start = self.position - stretch.shape[0]
-            for part in stretch.split(self.segment):
-                output = self._upper(part, start)
-                start += part.shape[0]
-            return self._next_logits(output)
+            for reading in readings:
+                for length in sorted({lengths[row] for row in reading.rows}):
+                    rows = [row for row in reading.rows if lengths[row] == length]
+                    mine = tokens[rows, longest - length :] if padded_left else tokens[rows, :length]
+                    read, found = self._read_prompt(reading.part(rows), mine)
+                    after.append(read)
+                    logits.update(zip(rows, found, strict=True))
+        self._readings = after
+        return torch.stack([logits[row] for row in range(batch)])
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """One more token per sequence, tokens (B,) int64 -> logits (B, V) float32 of the one after it."""
         with self._evaluating():
-            hidden = self._read(tokens.to(self.device)[:, None])
-            return self._next_logits(self._upper(hidden, self.position - 1))
+            step = self._enter_decoding()
+            positions = self._positions
+            assert positions is not None
+            size = self.model.model.chunk_size
+            self._reserve(len(positions), max((position + 1) // size for position in positions), keep=True)
+            logits = step.run(tokens.to(self.device), graph=self.uses_graph).clone()
+            positions[:] = [position + 1 for position in positions]
+            full = [row for row, position in enumerate(positions) if position % size == 0]
+            if full:
+                chunks = self._encode(step.pending[full].transpose(0, 1))
+                for i, row in enumerate(full):
+                    one = ContextMemory(chunks.k[i : i + 1], chunks.v[i : i + 1], chunks.landmarks[i : i + 1])
+                    self.store.write(one, [row], positions[row] // size - 1)
+            return logits
 
     @torch.no_grad()
     def score(self, tokens: Tensor) -> Tensor:
         """Negative log-likelihood in nats of tokens[:, 1:], given all before them: (B, L) int64 -> (B, L - 1) float32.
 
-        Starts from an empty state and leaves one behind.
+        Starts from an empty state and leaves one behind. Rows may be padded on the right: nothing sees padding.
         """
         self.reset()
         losses = []
         tokens = tokens.to(self.device)
+        reading = Reading(tuple(range(tokens.shape[0])))
+        self._reserve(tokens.shape[0], tokens.shape[1] // self.model.model.chunk_size, keep=False)
         with self._evaluating():
             for start in range(0, tokens.shape[1] - 1, self.segment):
                 part = tokens[:, start : min(start + self.segment, tokens.shape[1] - 1)]
-                output = self._upper(self._read(part), start)
+                reading, hidden = self._read(reading, part)
+                reading, output = self._upper(reading, hidden, start)
                 logits = self.model.logits(self.model.decoder.final_layernorm(output)).float()
                 labels = tokens[:, start + 1 : start + 1 + part.shape[1]].transpose(0, 1)
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
@@ -147,43 +182,124 @@ class InferenceEngine:
         self.reset()
         return torch.cat(losses, dim=1)
 
+    def readings(self) -> list[Reading]:
+        """The state as it is between prompts: give it to `rewind` to come back, as often as wanted, until `reset` or a
+        longer memory has overwritten what was read before.
+        """
+        if self._positions is not None:
+            assert self._step is not None
+            by_position: dict[int, list[int]] = {}
+            for row, position in enumerate(self._positions):
+                by_position.setdefault(position, []).append(row)
+            self._readings = []
+            for position, rows in by_position.items():
+                parts = [self._step.unload(row, position) for row in rows]
+                halos = {
+                    number: (
+                        torch.cat([halo[number][0] for halo, _ in parts], 1),
+                        torch.cat([halo[number][1] for halo, _ in parts], 1),
+                    )
+                    for number in parts[0][0]
+                }
+                pending = torch.cat([pending for _, pending in parts], 1)
+                self._readings.append(Reading(tuple(rows), position, halos, pending))
+            self._positions = None
+        return list(self._readings)
+
+    def rewind(self, readings: Sequence[Reading]) -> None:
+        """Go back to an earlier `readings()`; chunks that came later are overwritten by what is read now."""
+        self._positions = None
+        self._readings = list(readings)
+
     # -------------------------------------------------------------------------------------------------------------
     # insides
 
     def _evaluating(self) -> _Evaluating:
         return _Evaluating(self.model, self.settings)
 
-    def _read(self, tokens: Tensor) -> Tensor:
+    def _reserve(self, batch: int, chunks: int, *, keep: bool) -> None:
+        room = (self.store.batch, self.store.capacity)
+        self.store.reserve(batch, chunks, keep=keep)
+        if self._step is not None and room != (self.store.batch, self.store.capacity):
+            self._step.forget_graph()
+
+    def _enter_decoding(self) -> DecodeStep:
+        if self._positions is None:
+            positions = self.positions
+            if not positions:
+                raise ValueError("nothing was read yet: prefill comes before decode")
+            if self._step is None or self._step.tokens.shape[0] != len(positions):
+                settings: dict[str, Any] = {**self.settings, "static_experts": self.frozen}
+                self._step = DecodeStep(self.model, self.store, len(positions), **settings)
+            for reading in self._readings:
+                self._step.load(reading.rows, reading.position, reading.halos, reading.pending)
+            self._positions, self._readings = positions, []
+        assert self._step is not None
+        return self._step
+
+    def _read_prompt(self, reading: Reading, tokens: Tensor) -> tuple[Reading, Tensor]:
+        """Tokens (B, L) of one reading's sequences -> the reading after them and logits (B, V)."""
+        tail: list[Tensor] = []
+        for part in tokens.split(self.segment, dim=1):
+            reading, hidden = self._read(reading, part)
+            if self.full_prefill:
+                reading, output = self._upper(reading, hidden, reading.position - hidden.shape[0])
+                tail = [output]
+                continue
+            tail.append(hidden)
+            while sum(t.shape[0] for t in tail[1:]) >= self.receptive_field:
+                tail.pop(0)
+        if not self.full_prefill:
+            stretch = torch.cat(tail)[-self.receptive_field :]
+            tail.clear()
+            start = reading.position - stretch.shape[0]
+            for part in stretch.split(self.segment):
+                reading, output = self._upper(reading, part, start)
+                start += part.shape[0]
+        return reading, self._next_logits(output)
+
+    def _read(self, reading: Reading, tokens: Tensor) -> tuple[Reading, Tensor]:
         """Embedding, lower decoder and, for every chunk they complete, the encoder. Returns the lower output (L, B,
-        hidden).
+        hidden) as well.
         """
-        hidden = self._layers(self.lower, self.model.embed(tokens), memory=None, query_offset=self.position)
-        self.position += tokens.shape[1]
-        pending = hidden if self._pending is None else torch.cat((self._pending, hidden))
+        start = reading.position
+        hidden, halos = self._layers(self.lower, self.model.embed(tokens), reading.halos, None, start)
+        pending = hidden if reading.pending is None else torch.cat((reading.pending, hidden))
         chunk = self.model.model.chunk_size
         complete = pending.shape[0] // chunk * chunk
         if complete:
-            encoder = self.upper[0].encoder
-            assert encoder is not None
-            self._memory.append(encoder(pending[:complete]))
-        self._pending = pending[complete:]
-        return hidden
+            self.store.write(self._encode(pending[:complete]), reading.rows, start // chunk)
+        return Reading(reading.rows, start + tokens.shape[1], halos, pending[complete:].clone()), hidden
 
-    def _upper(self, hidden: Tensor, query_offset: int) -> Tensor:
-        return self._layers(self.upper, hidden, memory=self._memory.view(), query_offset=query_offset)
+    def _encode(self, hidden: Tensor) -> ContextMemory:
+        encoder = self.upper[0].encoder
+        assert encoder is not None
+        return encoder(hidden)
+
+    def _upper(self, reading: Reading, hidden: Tensor, query_offset: int) -> tuple[Reading, Tensor]:
+        memory = self.store.view(reading.rows, reading.position // self.model.model.chunk_size)
+        hidden, halos = self._layers(self.upper, hidden, reading.halos, memory, query_offset)
+        return replace(reading, halos=halos), hidden
 
     def _layers(
-        self, layers: list[DecoderLayer], hidden: Tensor, *, memory: ContextMemory | None, query_offset: int
-    ) -> Tensor:
+        self,
+        layers: list[DecoderLayer],
+        hidden: Tensor,
+        halos: dict[int, KeysAndValues],
+        memory: ContextMemory | None,
+        query_offset: int,
+    ) -> tuple[Tensor, dict[int, KeysAndValues]]:
+        halos = dict(halos)
         for layer in layers:
             number = layer.layer_number
             hidden, keys_values = layer.mix(
-                hidden, self._angles, memory=memory, halo=self._halos.get(number), query_offset=query_offset
+                hidden, self._angles, memory=memory, halo=halos.get(number), query_offset=query_offset
             )
             if keys_values is not None:
                 keep = layer.window - 1
-                self._halos[number] = tuple(x[x.shape[0] - min(keep, x.shape[0]) :] for x in keys_values)  # type: ignore[assignment]
-        return hidden
+                # Copied: a view would keep the keys and values of the whole segment alive.
+                halos[number] = tuple(x[x.shape[0] - min(keep, x.shape[0]) :].clone() for x in keys_values)  # type: ignore[assignment]
+        return hidden, halos
 
     def _next_logits(self, hidden: Tensor) -> Tensor:
         last = self.model.decoder.final_layernorm(hidden[-1:])
@@ -200,9 +316,11 @@ class _Evaluating:
         schedule = self.model.schedule
         self.before = {"window": schedule.window, "hsa_window": schedule.hsa_window, "top_k": schedule.top_k}
         self.training = self.model.training
-        self.model.eval()
+        if self.training:  # walking all modules for every token would cost more than the token
+            self.model.eval()
         self.model.set_schedule(**self.settings)  # type: ignore[arg-type]
 
     def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)
+        if self.training:
+            self.model.train()
         self.model.set_schedule(**self.before)  # type: ignore[arg-type]

@@ -195,3 +195,56 @@ def gather_parts_kernel(PARTS, OUT, R: tl.constexpr, D: tl.constexpr, KP: tl.con
     k = tl.arange(0, KP)
     part = tl.load(PARTS + ((bh * KP + k[:, None]) * R + r) * D + d[None, :])
     tl.store(OUT + (bh * R + r) * D + d, tl.sum(part, 0).to(OUT.dtype.element_ty))
+
+
+@triton.jit
+def ring_kernel(
+    Q, K, V, FILLED, PARTS, TOP, TOTAL, scale, size, splits,
+    stride_qb, stride_qh, stride_qd,
+    stride_kb, stride_kh, stride_kl, stride_kd,
+    stride_vb, stride_vh, stride_vl, stride_vd,
+    HEADS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """PARTS (B * Hkv, splits, R, D), TOP and TOTAL (B * Hkv, splits, R): one block of slots, its maximum, its sum."""
+    split = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // HEADS
+    h = bh % HEADS
+    filled = tl.minimum(tl.load(FILLED + b), size)
+    slot = split * BLOCK + tl.arange(0, BLOCK)
+    seen = slot < filled
+    d = tl.arange(0, D)
+    r = tl.arange(0, RP)
+    there = r < R
+    k_at = K + b * stride_kb + h * stride_kh + slot[:, None].to(tl.int64) * stride_kl + d[None, :] * stride_kd
+    v_at = V + b * stride_vb + h * stride_vh + slot[:, None].to(tl.int64) * stride_vl + d[None, :] * stride_vd
+    k = tl.load(k_at, mask=seen[:, None], other=0.0)
+    v = tl.load(v_at, mask=seen[:, None], other=0.0)
+    q_at = Q + b * stride_qb + (h * R + r[:, None]) * stride_qh + d[None, :] * stride_qd
+    q = tl.load(q_at, mask=there[:, None], other=0.0)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    s = tl.where(seen[None, :], s, -1.0e30)
+    top = tl.max(s, 1)
+    p = tl.where(seen[None, :], tl.exp(s - top[:, None]), 0.0)
+    at = (bh * splits + split) * R + r
+    tl.store(TOP + at, top, mask=there)
+    tl.store(TOTAL + at, tl.sum(p, 1), mask=there)
+    out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    tl.store(PARTS + at[:, None] * D + d[None, :], out, mask=there[:, None])
+
+
+@triton.jit
+def ring_sum_kernel(PARTS, TOP, TOTAL, OUT, splits, R: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
+    """OUT (B * Hkv, R, D): the blocks put together, in fixed order."""
+    r = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, D)
+    n = tl.arange(0, SPLITS)
+    real = n < splits
+    at = (bh * splits + n) * R + r
+    top = tl.load(TOP + at, mask=real, other=-1.0e30)
+    share = tl.where(real, tl.exp(top - tl.max(top, 0)), 0.0)
+    total = tl.sum(tl.load(TOTAL + at, mask=real, other=0.0) * share, 0)
+    part = tl.load(PARTS + at[:, None] * D + d[None, :], mask=real[:, None], other=0.0)
+    tl.store(OUT + (bh * R + r) * D + d, (tl.sum(part * share[:, None], 0) / total).to(OUT.dtype.element_ty))

@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the upper decoder over the whole prompt (slower, for comparison; the result is the same)",
     )
+    parser.add_argument(
+        "--memory",
+        choices=("device", "host"),
+        default="device",
+        help="where the keys and values of the context memory lie; host: chosen chunks are fetched (default device)",
+    )
+    parser.add_argument(
+        "--memory-fp8", action="store_true", help="keep them as 8-bit floats: half the bytes, about 1%% error"
+    )
 
 
 @dataclass
@@ -122,6 +131,10 @@ def load(args: argparse.Namespace) -> Loaded:
         options["top_k"] = _top_k(args.top_k)
     if args.full_prefill:
         options["full_prefill"] = True
+    if args.memory != "device" or args.memory_fp8:
+        from pretrain.context_store import Placement
+
+        options["memory"] = Placement(host=args.memory == "host", fp8=args.memory_fp8)
     from pretrain.model_io import load_for_inference
 
     loaded = load_for_inference(checkpoint, device=args.device, overrides=tuple(args.overrides))
@@ -135,7 +148,7 @@ def load(args: argparse.Namespace) -> Loaded:
         context=max((int(stage.context) for stage in done), default=None),
         window=int(done[-1].window) if done else None,
         run_dir=run_dir_of(checkpoint),
-        settings=options,
+        settings={**options, **({"memory": asdict(options["memory"])} if "memory" in options else {})},
     )
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from hsa_kernels import hsa_attention, hsa_decode, reference, select_chunks, selection_weights
 from hsa_kernels import index as work_lists
+from hsa_kernels.ops import window_decode
 from hsa_kernels.triton import attention, interpreter, register
 
 DEVICE = "cpu" if interpreter.enabled() else "cuda"
@@ -216,6 +217,20 @@ def test_decode_equals_the_oracle(heads, select_heads, ratio, chunks, top_k, kin
     got = hsa_decode(*args, top_k=top_k, chunk_size=size, softmax_scale=0.3, backend="triton")
     want = hsa_decode(*args, top_k=top_k, chunk_size=size, softmax_scale=0.3, backend="reference")
     assert got.shape == q.shape and relative(got, want) <= 1e-5 and torch.equal(got[2], torch.zeros_like(got[2]))
+
+
+@pytest.mark.parametrize(("heads", "ratio", "size"), [(2, 3, 200), (1, 16, 64), (2, 1, 5)])
+def test_window_decode_equals_the_oracle(heads, ratio, size):
+    g = torch.Generator().manual_seed(size)
+    q = torch.randn(3, heads * ratio, 16, generator=g).to(DEVICE)
+    k, v = (torch.randn(3, heads, size, 16, generator=g).to(DEVICE) for _ in "kv")
+    filled = torch.tensor([size, 1, size - 1], device=DEVICE)
+    k[1, :, 1:], v[1, :, 1:] = 1e4, 1e4  # what is not there yet has no weight
+    got = window_decode(q, k, v, filled, softmax_scale=0.5, backend="triton")
+    want = window_decode(q, k, v, filled, softmax_scale=0.5, backend="reference")
+    whole = torch.softmax(torch.einsum("hrd,hsd->hrs", q[0].view(heads, ratio, 16), k[0]) * 0.5, -1)
+    assert relative(got, want) <= 1e-5
+    assert relative(got[0].view(heads, ratio, 16), torch.einsum("hrs,hsd->hrd", whole, v[0])) <= 1e-5
 
 
 def test_loop_order_follows_the_head_ratio_and_the_overlap(monkeypatch):

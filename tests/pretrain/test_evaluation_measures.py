@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.errors import RecipeError
-from pretrain.evaluation.decoding import Sampling, TextStream, generate_tokens, pick
+from pretrain.evaluation.decoding import Sampling, StopText, TextStream, generate_tokens, pick
 from pretrain.evaluation.haystack import Haystack
 from pretrain.evaluation.tally import Tally, total, wilson_interval
 from pretrain.evaluation.units import ProbeMetric, format_length, parse_length, parse_lengths, parse_metric
@@ -124,9 +124,44 @@ def test_greedy_and_sampled_picks():
     assert set(nucleus.tolist()) == {1, 3}  # 0.64 alone is not enough, 0.64 + 0.24 is
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}])
+def test_min_p_and_the_repetition_penalty():
+    logits = torch.tensor([[2.0, 1.0, -1.0, -9.0]])
+    kept = pick(logits.expand(500, -1), Sampling(temperature=1.0, min_p=0.3), torch.Generator().manual_seed(0))
+    assert set(kept.tolist()) == {0, 1}  # exp(-1) = 0.37 of the likeliest, the next one is at 0.05
+    seen = torch.tensor([[True, False, True, False]])
+    assert pick(logits, Sampling(repetition_penalty=4.0), seen=seen).tolist() == [1]  # 2 / 4 is below 1
+    assert pick(-logits, Sampling(repetition_penalty=16.0), seen=~seen).tolist() == [2]
+    assert pick(logits, Sampling(), seen=seen).tolist() == [0]
+
+
+def test_the_penalty_counts_the_prompt_and_what_was_generated():
+    class Negative(Counting):
+        def _logits(self, last):
+            return super()._logits(last) - 2.0
+
+    sampling = Sampling(repetition_penalty=100.0)
+    steps = generate_tokens(Negative(), np.array([[4, 3]]), max_new_tokens=3, vocab_size=10, sampling=sampling)
+    # 4 is the likeliest after 3, but it occurred; the first of those that did not follows, then 1 after 0, 2 after 1.
+    assert np.concatenate(list(steps)).tolist() == [0, 1, 2]
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2), st.data())
+def test_text_is_cut_at_the_first_stop_whatever_the_pieces(text, stops, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    stop = StopText(stops)
+    shown = "".join(stop.push(piece) for piece in pieces) + stop.finish()
+    # Pieces end at different places, so of two stops that overlap either may be met first.
+    ends = {text[: text.index(s)] for s in stops if s in text}
+    assert shown in ends if ends else shown == text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}],
+)
 def test_impossible_sampling_is_refused(options):
-    with pytest.raises(RecipeError, match="--t"):
+    with pytest.raises(RecipeError, match="--(t|min-p|rep)"):
         Sampling(**options)
 
 

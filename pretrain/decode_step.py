@@ -1,0 +1,218 @@
+"""One new token per sequence through the whole model, in buffers of fixed size: what a CUDA graph can hold.
+
+Every sequence has a position of its own, on the device. Windows are ring buffers: slot = position mod window. Keys
+enter them rotated by their absolute position (angles in fp64, so that 16M is as exact as 16), and unrotated as well,
+for a prompt that goes on after generation. The chunk in the making collects the lower decoder's output; the reader
+encodes it when it is full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hsa_kernels import ops
+from parallel.compat import MoELayer, apply_rotary_pos_emb
+from parallel.layers import DecoderLayer, KeysAndValues
+from pretrain.context_store import ContextStore
+from pretrain.model import HSAModel
+
+_ROTATED, _VALUE, _RAW = range(3)
+
+
+class DecodeStep:
+    """The buffers of B sequences and the step over them.
+
+    static_experts: keep each mixture's experts as one tensor and compute the chosen ones without asking the device how
+    many tokens each got. It re-points the parameters' storage (same values), so only for weights that nobody trains.
+    """
+
+    def __init__(
+        self,
+        model: HSAModel,
+        store: ContextStore,
+        batch: int,
+        *,
+        window: int,
+        hsa_window: int,
+        top_k: int | None,
+        static_experts: bool,
+    ) -> None:
+        self.model, self.store, self.top_k = model, store, top_k
+        self.layers: list[DecoderLayer] = list(model.decoder.layers)
+        self.lower = next(i for i, layer in enumerate(self.layers) if layer.has_hsa)
+        parameter = next(model.parameters())
+        device, sizes = parameter.device, model.model
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.position = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.pending = parameter.new_zeros(batch, sizes.chunk_size, sizes.hidden_size)
+        self.rings: dict[int, Tensor] = {}
+        for layer in self.layers:
+            if layer.has_window:
+                size = hsa_window if layer.has_hsa else window
+                self.rings[layer.layer_number] = parameter.new_zeros(3, batch, sizes.swa_kv_heads, size, sizes.head_dim)
+        self.experts = (
+            {layer.layer_number: stacked_experts(layer.mlp) for layer in self.layers if isinstance(layer.mlp, MoELayer)}
+            if static_experts
+            else {}
+        )
+        self._frequencies = model.rotary_pos_emb.inv_freq.to(device=device, dtype=torch.float64)
+        self._rows = torch.arange(batch, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    # ------------------------------------------------------------------------------------------------ entering state
+
+    def load(self, rows: Sequence[int], position: int, halos: dict[int, KeysAndValues], pending: Tensor | None) -> None:
+        """Take over sequences that were read up to `position`: each window's last keys and values (n, B, Hkv, D), keys
+        unrotated, and the incomplete chunk (m, B, hidden).
+        """
+        where = torch.tensor(list(rows), device=self.position.device)
+        self.position[where] = position
+        for number, (k, v) in halos.items():
+            ring = self.rings[number]
+            positions = torch.arange(position - k.shape[0], position, device=k.device)
+            slots = positions % ring.shape[3]
+            rotated = self._rotate(k, positions[:, None])
+            for kind, x in ((_ROTATED, rotated), (_VALUE, v), (_RAW, k)):
+                # (n, B, Hkv, D) -> ring rows: both index tensors in front, so the result is (B, n, Hkv, D).
+                ring[kind].transpose(1, 2)[where[:, None], slots[None]] = x.transpose(0, 1)
+        if pending is not None and pending.shape[0]:
+            self.pending[where, : pending.shape[0]] = pending.transpose(0, 1)
+
+    def unload(self, row: int, position: int) -> tuple[dict[int, KeysAndValues], Tensor]:
+        """The inverse of `load` for one sequence."""
+        halos = {}
+        for layer in self.layers:
+            if layer.has_window:
+                ring = self.rings[layer.layer_number][:, row]
+                size = ring.shape[2]
+                count = min(position, size - 1)
+                slots = torch.arange(position - count, position, device=ring.device) % size
+                k, v = (ring[kind][:, slots].transpose(0, 1)[:, None] for kind in (_RAW, _VALUE))
+                halos[layer.layer_number] = (k, v)
+        return halos, self.pending[row, : position % self.model.model.chunk_size][:, None].clone()
+
+    # --------------------------------------------------------------------------------------------------- the step
+
+    def run(self, tokens: Tensor, *, graph: bool) -> Tensor:
+        """tokens (B,) int64 -> logits (B, V) float32; the buffer is overwritten by the next step.
+
+        graph: replay a CUDA graph, captured on the first call.
+        """
+        self.tokens.copy_(tokens)
+        if not graph:
+            return self.step()
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None and self._logits is not None
+        self._graph.replay()
+        return self._logits
+
+    def forget_graph(self) -> None:
+        """Needed after the memory's buffers have moved."""
+        self._graph = self._logits = None
+
+    def _capture(self) -> None:
+        before = self.position.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # kernels are compiled and workspaces made outside of the graph
+                self.step()
+                self.position.copy_(before)  # the step writes the same again into every buffer but this one
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self.step()
+        self._graph = graph
+
+    def step(self) -> Tensor:
+        """One token per sequence from `tokens`; moves `position` on."""
+        x = self.model.embed(self.tokens[:, None])  # (1, B, hidden)
+        angles = self._angles(self.position[None])
+        visible = (self.position // self.model.model.chunk_size).int()
+        for index, layer in enumerate(self.layers):
+            if index == self.lower:
+                self.pending[self._rows, self.position % self.model.model.chunk_size] = x[0]
+            x = self._layer(layer, x, angles, visible)
+        self.position.add_(1)
+        return self.model.logits(self.model.decoder.final_layernorm(x))[0].float()
+
+    def _layer(self, layer: DecoderLayer, x: Tensor, angles: Tensor, visible: Tensor) -> Tensor:
+        if layer.has_window:
+            x = x + self._window(layer, layer.input_layernorm(x), angles)
+        mlp_input = x
+        if layer.has_hsa:
+            hsa = layer.hsa_attention
+            q, retrieval = hsa.queries(layer.hsa_layernorm(x))
+            out = self.store.attend(q[0], retrieval[0], visible, self.top_k)
+            mlp_input = x + hsa.linear_proj(out.flatten(1)[None])[0]
+        mlp_input = layer.pre_mlp_layernorm(mlp_input)
+        if layer.layer_number in self.experts:
+            return x + self._experts(layer.mlp, mlp_input, *self.experts[layer.layer_number])
+        return x + layer.mlp(mlp_input)[0]
+
+    def _window(self, layer: DecoderLayer, x: Tensor, angles: Tensor) -> Tensor:
+        attention = layer.self_attention
+        q, k, v = attention.get_query_key_value_tensors(x)  # (1, B, heads, D)
+        ring = self.rings[layer.layer_number]
+        config, group = self.model.config, self.model.pg_collection.cp
+        q = apply_rotary_pos_emb(q, angles, config, cp_group=group)
+        rotated = apply_rotary_pos_emb(k, angles, config, cp_group=group)
+        ring.transpose(2, 3)[:, self._rows, self.position % ring.shape[3]] = torch.cat((rotated, v, k))
+        filled = torch.clamp(self.position + 1, max=ring.shape[3])
+        out = ops.window_decode(q[0], ring[_ROTATED], ring[_VALUE], filled)
+        return attention.linear_proj(out.flatten(1)[None])[0]
+
+    def _experts(self, moe: MoELayer, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        """The mixture with shapes that depend on nothing but the batch: the chosen experts' weights gathered, or, when
+        that would be more than all of them, every expert for every token.
+        """
+        probabilities = moe.router(x)[0].to(x.dtype)  # (B, E), 0 where not chosen
+        flat, top_k = x[0], moe.config.moe_router_topk
+        if flat.shape[0] * top_k <= w1.shape[0]:
+            weights, chosen = probabilities.topk(top_k, dim=-1)
+            inner = _swiglu(torch.matmul(w1[chosen], flat[:, None, :, None])[..., 0]) * weights[..., None]
+            out = torch.matmul(w2[chosen], inner[..., None])[..., 0].sum(1)
+        else:
+            inner = _swiglu(torch.matmul(flat[None], w1.transpose(1, 2))) * probabilities.t()[..., None]
+            out = torch.matmul(inner, w2.transpose(1, 2)).sum(0)
+        if moe.shared_experts is not None:
+            out = out + moe.shared_experts(x)[0]
+        return out[None]
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        """positions (n, B) or (n, 1) -> rotary angles (n, B, 1, D) as Megatron lays them out, in [0, 2 pi)."""
+        angles = torch.remainder(positions[..., None].double() * self._frequencies, 2 * math.pi)
+        wide = torch.promote_types(self.pending.dtype, torch.float32)
+        return torch.cat((angles, angles), dim=-1)[:, :, None].to(wide)
+
+    def _rotate(self, k: Tensor, positions: Tensor) -> Tensor:
+        group = self.model.pg_collection.cp
+        return apply_rotary_pos_emb(k, self._angles(positions), self.model.config, cp_group=group)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+def stacked_experts(moe: MoELayer) -> tuple[Tensor, Tensor]:
+    """All experts' weights as (E, 2 * width, hidden) and (E, hidden, width). The parameters become views of them, so
+    nothing is kept twice.
+    """
+    stacks = []
+    for name in ("linear_fc1", "linear_fc2"):
+        weights = [getattr(expert, name).weight for expert in moe.experts.local_experts]
+        base = getattr(weights[0], "stacked", None)
+        if base is None or any(w.data_ptr() != base[i].data_ptr() for i, w in enumerate(weights)):
+            base = torch.stack([w.data for w in weights])
+            for i, weight in enumerate(weights):
+                weight.data = base[i]
+            weights[0].stacked = base
+        stacks.append(base)
+    return stacks[0], stacks[1]
