@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=float, default=20e6, help="tokens of the generated documents (default 20e6)")
     parser.add_argument("--many", type=int, default=10_000, help="shards of the start-up test (default 10000)")
     parser.add_argument("--text", metavar="FILE", help="text to tokenize (default: generated sentences)")
+    parser.add_argument(
+        "--energon",
+        metavar="PYTHON",
+        default=sys.executable,
+        help="a Python with megatron-energon to compare with (default: this one)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -52,7 +59,9 @@ def main(args: argparse.Namespace) -> int:
         work = Path(folder)
         shards = make_shards(work / "shards", int(args.tokens))
         reading(shards, add)
+        energon(shards, work / "energon", args.energon, add)
         many_shards(work / "many", shards, args.many, add)
+        cost_of_shards(work / "split", shards, args.many, add)
         tokenizing(work, args.text, add)
     if args.json:
         machine = {
@@ -182,11 +191,11 @@ def reading(path: Path, add: Add) -> None:
     for context, chunk in _SHAPES:
         stream = _open(path, context, chunk)
         shape = stream.next_arrays()["tokens"].shape
-        batches = max(2, min(4_000_000, shards.tokens) // (shape[0] * shape[1]))
+        batches = max(2, shards.tokens // (shape[0] * shape[1]))  # all of them: what was just read is not in the cache
         size = batches * shape[0] * shape[1]
         order = documents_read(stream, batches)
         ours, plain = [], []
-        for _ in range(5):  # taken in turns: the machine's mood is the same for both
+        for _ in range(4):  # taken in turns: the machine's mood is the same for both
             ours.append(_best(functools.partial(_read, stream, batches), 1))
             plain.append(_best(functools.partial(numpy_loop, shards, order, shape, chunk, batches), 1))
         rate, baseline = size / min(ours) / 1e6, size / min(plain) / 1e6
@@ -217,6 +226,37 @@ def reading(path: Path, add: Add) -> None:
         )
 
 
+def energon(path: Path, work: Path, python: str, add: Add) -> None:
+    """All documents of the shards: packed batches of this package against documents from megatron-energon."""
+    from data_pipeline import bench_energon
+
+    shards = ShardSet(path)
+    data = DataConfig(tokenizer=str(path), mix=[MixEntry("all", str(path), 1.0, domain="*")])
+    stream = _one_domain(data, 64)
+    batches = max(2, shards.tokens // 65536)
+    ours = batches * 65536 / _best(functools.partial(_read, stream, batches)) / 1e6
+    found = bench_energon.run(python, path, work, min(2000, shards.documents))
+    if isinstance(found, str):
+        print(f"against megatron-energon: not measured, {found}", flush=True)
+        add("read all documents, context 4096, chunk 64", ours, "M tokens/s")
+        return
+    theirs = found["tokens_per_second"] / 1e6
+    add("read all documents, context 4096, chunk 64", ours, "M tokens/s", energon=theirs, ratio=ours / theirs)
+
+
+def _one_domain(data: DataConfig, chunk: int) -> BatchStream:
+    return open_stream(
+        data,
+        lanes=_LANES,
+        lane_ids=range(_LANES),
+        batch=16,
+        context=4096,
+        chunk_size=chunk,
+        seed=1,
+        synthetic={"rate": 0},
+    )
+
+
 _RESUME = """
 import json, sys, time
 from pathlib import Path
@@ -229,56 +269,94 @@ if len(sys.argv) > 2:
     stream.load_state_dict(json.loads(Path(sys.argv[2]).read_text()))
 stream.next_arrays()
 first = time.perf_counter()
-cpu = time.process_time()
-for _ in range(50):
-    stream.next_arrays()
-print(json.dumps({"open": opened - imported, "first": first - opened, "step": (time.process_time() - cpu) / 50,
+print(json.dumps({"open": opened - imported, "first": first - opened,
     "memory": int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024,
     "state": stream.state_dict()}))
+"""
+_STEPS = """
+import json, sys, time
+from pathlib import Path
+from data_pipeline.bench import _open_many
+from data_pipeline.processes import allow_open_files
+allow_open_files()
+stream, batches = _open_many(Path(sys.argv[1])), int(sys.argv[2])
+def read():
+    started = time.process_time()
+    for _ in range(batches):
+        stream.next_arrays()
+    return (time.process_time() - started) / batches
+print(json.dumps({"first": read(), "later": min(read() for _ in range(4))}))
 """
 
 
 def _open_many(path: Path) -> BatchStream:
-    data = DataConfig(tokenizer=str(path), mix=[MixEntry("web", str(path), 1.0)])
-    return open_stream(
-        data, lanes=_LANES, lane_ids=range(_LANES), batch=16, context=4096, chunk_size=64, seed=1, synthetic={"rate": 0}
-    )
+    return _one_domain(DataConfig(tokenizer=str(path), mix=[MixEntry("web", str(path), 1.0)]), 64)
+
+
+def _in_new_process(script: str, *arguments: str) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)}
+    command = [sys.executable, "-c", script, *arguments]
+    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def _copies(path: Path, source: Path, shards: int, documents: list[np.ndarray], linked: bool) -> None:
+    """Shards in ``path`` that hold the same documents, as links of one file or as files of their own."""
+    path.mkdir()
+    (path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    rows = write_shard(path / "first.tar", [({}, ids) for ids in documents], "uint16")
+    data = (path / "first.tar").read_bytes()
+    files = []
+    for number in range(shards):
+        file = path / f"web-{number:06d}.tar"
+        if linked:
+            file.hardlink_to(path / "first.tar")
+        else:
+            file.write_bytes(data)
+        files.append({"file": file.name, "domain": "web", "bytes": len(data), "sha256": ""})
+    write_manifest(path, load_tokenizer(source), "uint16", files, [rows.copy() for _ in files], {})
 
 
 def many_shards(folder: Path, source: Path, count: int, add: Add) -> None:
-    """Start-up, resume, memory and the cost of a step with ``count`` shards and with 100, in fresh processes."""
-    from data_pipeline.tokenizer import Tokenizer
-
-    tokenizer: Tokenizer = load_tokenizer(source)
+    """Start-up, resume and memory with ``count`` shards and with 100, of 200 documents each, in fresh processes."""
     rng = np.random.default_rng(0)
+    documents = [np.append(rng.integers(2, 512, int(n)), 0) for n in rng.integers(50, 3000, 200)]
     for shards in (100, count):
         path = folder.with_name(f"{folder.name}-{shards}")
-        path.mkdir()
-        (path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
-        documents: list[tuple[dict[str, Any], np.ndarray]] = [
-            ({}, np.append(rng.integers(2, 512, int(n)), 0)) for n in rng.integers(50, 3000, 200)
-        ]
-        rows = write_shard(path / "first.tar", documents, "uint16")
-        files = []
-        for number in range(shards):
-            file = path / f"web-{number:06d}.tar"
-            file.hardlink_to(path / "first.tar")
-            files.append({"file": file.name, "domain": "web", "bytes": file.stat().st_size, "sha256": ""})
-        write_manifest(path, tokenizer, "uint16", files, [rows.copy() for _ in files], {})
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)}
-
-        def measure(*arguments: str, path: Path = path, environment: dict[str, str] = environment) -> dict[str, Any]:
-            command = [sys.executable, "-c", _RESUME, str(path), *arguments]
-            return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
-
-        fresh = measure()
+        _copies(path, source, shards, documents, linked=True)
+        fresh = _in_new_process(_RESUME, str(path))
         state = path / "state.json"
         state.write_text(json.dumps(fresh["state"]))
-        again = measure(str(state))
+        again = _in_new_process(_RESUME, str(path), str(state))
         name = f"{shards:,} shards, {shards * 200:,} documents"
         add(f"{name}: start-up", fresh["open"], "s", first_batch_s=fresh["first"], memory_MB=fresh["memory"])
         add(f"{name}: resume", again["open"] + again["first"], "s", of_it_opening=again["open"])
-        add(f"{name}: a batch of 65,536 tokens", 1e3 * fresh["step"], "ms")
+
+
+def cost_of_shards(folder: Path, source: Path, most: int, add: Add) -> None:
+    """A batch of 65,536 tokens of the same documents in 100 and in more shards: the first time that each shard is
+    read, and later."""
+    rng = np.random.default_rng(0)
+    five = [np.append(rng.integers(2, 512, n), 0) for n in (200, 600, 1100, 1900, 3700)]
+    batches = max(2, most * sum(map(len, five)) // 65536)
+    cost: dict[int, dict[str, float]] = {}
+    counts = sorted({min(100, most), min(1000, most), most})
+    for shards in counts:
+        _copies(folder.with_name(f"{folder.name}-{shards}"), source, shards, five * (most // shards), linked=False)
+    for _ in range(3):  # in turns
+        for shards in counts:
+            path = folder.with_name(f"{folder.name}-{shards}")
+            found = _in_new_process(_STEPS, str(path), str(batches))
+            known = cost.get(shards, found)
+            cost[shards] = {key: min(value, known[key]) for key, value in found.items()}
+    for shards in counts:
+        add(
+            f"{5 * most:,} documents in {shards:,} shards: a batch",
+            1e3 * cost[shards]["later"],
+            "ms",
+            of_fewest=cost[shards]["later"] / cost[counts[0]]["later"],
+            first_time_ms=1e3 * cost[shards]["first"],
+        )
+        shutil.rmtree(folder.with_name(f"{folder.name}-{shards}"))
 
 
 def tokenizing(work: Path, text: str | None, add: Add) -> None:

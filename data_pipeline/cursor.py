@@ -1,4 +1,8 @@
-"""Where a lane stands in a domain: positions in its row of documents, and reading from them."""
+"""Where a lane stands in a domain: positions in its row of documents, and reading from them.
+
+These calls are made for every piece of text, so what they do is little: positions are permuted and looked up in the
+index by the thousand, a document is one read and one checksum, and its pieces are views of it.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,11 @@ _AHEAD, _LOOKED_UP = 1024, 64  # positions permuted, and documents looked up in 
 class Reading:
     """One document while it is read: ``document`` counts the lane's documents of the domain from the run's start."""
 
-    __slots__ = ("_entry", "_opened", "_tokens", "document", "domain", "length", "offset", "row")
+    __slots__ = ("_entry", "_opened", "_shards", "_tokens", "document", "length", "offset", "row")
 
-    def __init__(self, domain: Domain, document: int, row: int, entry: tuple[int, int, int, int], offset: int) -> None:
-        self.domain, self.document, self.row, self.offset = domain, document, row, offset
-        self._entry, self.length = entry, entry[1]
+    def __init__(self, domain: Domain, document: int, entry: tuple[int, int, int, int, int], offset: int) -> None:
+        self._shards, self.document, self._entry, self.offset = domain.shards, document, entry, offset
+        self.row, _, self.length, _, _ = entry
         self._tokens: np.ndarray | None = None
         self._opened = False
         if offset >= self.length:
@@ -36,23 +40,20 @@ class Reading:
         The document is checked against its checksum when it is opened, and kept if it is small.
         """
         if not self._opened:
-            self._tokens = self.domain.shards.load(self.row, *self._entry)
+            self._tokens = self._shards.load(*self._entry)
             self._opened = True
         start, tokens = self.offset, self._tokens
-        self.offset = end = min(start + limit, self.length)
+        end = start + limit
+        if end >= self.length:
+            self.offset = self.length
+            if tokens is None:
+                return self._shards.read(self.row, start, self.length - start), -1
+            return (tokens[start:] if start else tokens), -1
+        self.offset = end
         if tokens is None:
-            return self._read(start, end)
-        if end < self.length:
-            return tokens[start:end], int(tokens[end])
-        return (tokens[start:] if start else tokens), -1
-
-    def _read(self, start: int, end: int) -> tuple[np.ndarray, int]:
-        shards = self.domain.shards
-        more = end < self.length
-        tokens = shards.read(self.row, start, end - start + more)
-        if (largest := int(tokens.max())) >= shards.vocab_size:
-            shards.refuse_token(self.row, largest)
-        return (tokens[:-1], int(tokens[-1])) if more else (tokens, -1)
+            tokens = self._shards.read(self.row, start, limit + 1)
+            return tokens[:-1], int(tokens[-1])
+        return tokens[start:end], int(tokens[end])
 
 
 class Cursor:
@@ -64,11 +65,10 @@ class Cursor:
 
     def __init__(self, domain: Domain, lane: int, lanes: int, buffer_size: int, saved: dict[str, Any]) -> None:
         self.domain, self._lane, self._lanes, self._buffer_size = domain, lane, lanes, buffer_size
-        self.document, self.offset = int(saved["document"]), int(saved["offset"])
+        self._next, self._offset = int(saved["document"]), int(saved["offset"])  # the next one to open, and where
         self._block = self._part = -1
         self._block_rows = np.empty(0, dtype=np.int64)
-        self._rows: list[int] = []
-        self._entries: list[tuple[int, int, int, int]] = []
+        self._entries: list[tuple[int, int, int, int, int]] = []
         self._current: Reading | None = None
         self._end = sys.maxsize if domain.positions is None else max(0, -(-(domain.positions - lane) // lanes))
         self.pending = [self._open(int(document), int(offset)) for document, offset in saved.get("buffer", [])]
@@ -77,7 +77,10 @@ class Cursor:
 
     def state(self) -> dict[str, Any]:
         """JSON-able: the documents' identity, the next document, the offset in it, the documents that wait."""
-        state = {"data": self.domain.identity, "document": self.document, "offset": self.offset}
+        document, offset = self._next, self._offset
+        if not self._buffer_size and self._current is not None:
+            document, offset = self._current.document, self._current.offset
+        state = {"data": self.domain.identity, "document": document, "offset": offset}
         if self.pending:
             state["buffer"] = [[reading.document, reading.offset] for reading in self.pending]
         return state
@@ -87,29 +90,24 @@ class Cursor:
         """Whether a document was chosen and is not at its end."""
         return self._current is not None
 
-    @property
-    def used_up(self) -> bool:
-        """Whether the lane has read its part of the epochs that the mix allows."""
-        return self.document >= self._end and not self.pending
-
-    def take(self, limit: int, fit: bool = False) -> tuple[np.ndarray, int]:
-        """1..limit tokens of a document, and the token after them (-1 at the document's end).
+    def take(self, limit: int, fit: bool = False) -> tuple[np.ndarray, int] | None:
+        """1..limit tokens of a document, and the token after them (-1 at the document's end); None when the lane has
+        read its part of the epochs that the mix allows.
 
         The document is the current one; with ``fit`` and a buffer it is the longest that ``limit`` holds whole, if any.
         """
+        reading = self._current
         if self._buffer_size:
-            self._current = self._choose(limit, fit)
-        elif self._current is None:
-            self._current = self._open(self.document, self.offset)
-        tokens, after = self._current.take(limit)
-        if self._buffer_size:
-            if after < 0:
-                self.skip()
-        elif after < 0:
-            self.document, self.offset, self._current = self.document + 1, 0, None
-        else:
-            self.offset = self._current.offset
-        return tokens, after
+            reading = self._current = self._choose(limit, fit)
+        elif reading is None and self._next < self._end:
+            reading = self._current = self._open(self._next, self._offset)
+            self._next, self._offset = self._next + 1, 0
+        if reading is None:
+            return None
+        piece = reading.take(limit)
+        if piece[1] < 0:
+            self.skip()
+        return piece
 
     def skip(self) -> int:
         """Leave the document of the last :meth:`take`; returns its row."""
@@ -117,14 +115,19 @@ class Cursor:
         assert reading is not None
         if self._buffer_size:
             self.pending.remove(reading)
-        else:
-            self.document, self.offset = self.document + 1, 0
         return reading.row
 
-    def _choose(self, limit: int, fit: bool) -> Reading:
-        while len(self.pending) < self._buffer_size and self.document < self._end:
-            self.pending.append(self._open(self.document, self.offset))
-            self.document, self.offset = self.document + 1, 0
+    def row_back(self, count: int) -> int | None:
+        """Row of the index of the ``count``-th last document that was opened; None before the first one."""
+        document = self._next - 1 - count
+        return None if document < 0 else self._open(document, 0).row
+
+    def _choose(self, limit: int, fit: bool) -> Reading | None:
+        while len(self.pending) < self._buffer_size and self._next < self._end:
+            self.pending.append(self._open(self._next, self._offset))
+            self._next, self._offset = self._next + 1, 0
+        if not self.pending:
+            return None
         chosen, longest = self.pending[0], 0
         if fit:
             for reading in self.pending:
@@ -133,7 +136,7 @@ class Cursor:
         return chosen
 
     def _open(self, document: int, offset: int) -> Reading:
-        part, number = divmod(document, _LOOKED_UP)
+        part = document // _LOOKED_UP
         if part != self._part:
             block, first = divmod(part * _LOOKED_UP, _AHEAD)
             if block != self._block:
@@ -141,5 +144,6 @@ class Cursor:
                 numbers = permute(self._lane + steps * self._lanes, self.domain.documents, self.domain.key)
                 self._block, self._block_rows = block, self.domain.rows(numbers)
             rows = self._block_rows[first : first + _LOOKED_UP]
-            self._part, self._rows, self._entries = part, rows.tolist(), self.domain.shards.index[rows].tolist()
-        return Reading(self.domain, document, self._rows[number], self._entries[number], offset)
+            columns = zip(*self.domain.shards.index[rows].tolist(), strict=True)
+            self._part, self._entries = part, list(zip(rows.tolist(), *columns, strict=True))
+        return Reading(self.domain, document, self._entries[document % _LOOKED_UP], offset)

@@ -14,10 +14,11 @@ Legend: L context, n tokens of a piece.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from data_pipeline.config import DEFAULT_TASKS, TASKS, DataConfig, SyntheticConf
 from data_pipeline.cursor import Cursor
 from data_pipeline.errors import DataError
 from data_pipeline.mix import Domain, merge_synthetic, mix_entries, open_mixes
+from data_pipeline.packing import Packing
 from data_pipeline.permutation import seed_key
 from data_pipeline.synthetic import SampleTooShort, SyntheticSample, build_sample
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
@@ -37,7 +39,7 @@ class _Lane:
     """One lane: its cursors, its mixing draw and its counters."""
 
     def __init__(self, number: int, stream: BatchStream) -> None:
-        self.number, self._stream = number, stream
+        self.number, self._stream, self._inverse_weights = number, stream, stream._inverse_weights
         self.sequence = 0
         self.samples = 0
         self.cursors = [self._cursor(domain, None) for domain in stream._domains]
@@ -59,7 +61,7 @@ class _Lane:
     def _spend(self, spent: list[int]) -> None:
         """Tokens drawn from each domain, and the same divided by its weight: the least is due."""
         self.spent = spent
-        self._due = [n * inverse for n, inverse in zip(spent, self._stream._inverse_weights, strict=True)]
+        self._due = [n * inverse for n, inverse in zip(spent, self._inverse_weights, strict=True)]
 
     def state(self) -> dict[str, Any]:
         domains = dict(self._others)
@@ -109,7 +111,14 @@ class _Lane:
             lowest = min(due)
             best = due.index(lowest)
             cursor = self.cursors[best]
-            if cursor.used_up:
+            try:
+                piece = cursor.take(limit, fit)
+            except DataError as error:
+                if not self._stream._skip or not cursor.reading:
+                    raise
+                self._count_skipped(cursor.domain, cursor.skip(), error)
+                continue
+            if piece is None:
                 if lowest == math.inf:
                     raise DataError(
                         f"lane {self.number} has read max_epochs of every domain of the mix; raise max_epochs, add "
@@ -117,16 +126,9 @@ class _Lane:
                     )
                 due[best] = math.inf
                 continue
-            try:
-                tokens, after = cursor.take(limit, fit)
-            except DataError as error:
-                if not self._stream._skip or not cursor.reading:
-                    raise
-                self._count_skipped(cursor.domain, cursor.skip(), error)
-                continue
-            self.spent[best] = spent = self.spent[best] + len(tokens)
-            due[best] = spent * self._stream._inverse_weights[best]
-            return best, tokens, after
+            self.spent[best] = spent = self.spent[best] + len(piece[0])
+            due[best] = spent * self._inverse_weights[best]
+            return best, *piece
 
     def _count_skipped(self, domain: Domain, row: int, error: DataError) -> None:
         """Count a document that cannot be read, and name its shard once."""
@@ -136,49 +138,42 @@ class _Lane:
             print(f"hsa: lane {self.number} skips what it cannot read: {error}", file=sys.stderr, flush=True)
 
     def _haystack(self, n: int) -> np.ndarray:
-        out = np.empty(n, dtype=np.int32)
+        out = np.empty(n, dtype=np.int64)
         position = 0
         while position < n:
             _, tokens, _ = self.take(n - position)
             out[position : position + len(tokens)] = tokens
             position += len(tokens)
-        return out
+        if n and int(out.max()) >= self._stream._vocab_size:
+            self._stream._refuse_token()
+        return out.astype(np.int32)
 
-    def fill(self, out: dict[str, np.ndarray], row: int) -> None:
-        """Write the lane's next sequence into row ``row`` of the prefilled batch arrays."""
+    def fill(self, out: Packing, start: int) -> None:
+        """Write the lane's next sequence; ``start`` is its first position in the batch."""
         rate, i = self._stream.synthetic.rate, self.sequence
         self.sequence += 1
-        if math.floor((i + 1) * rate + self._phase) > math.floor(i * rate + self._phase):
-            self._fill_synthetic(out, row)
+        if rate and math.floor((i + 1) * rate + self._phase) > math.floor(i * rate + self._phase):
+            self._fill_synthetic(out, start)
         else:
-            self._fill_text(out, row)
+            self._fill_text(out, start)
 
-    def _fill_text(self, out: dict[str, np.ndarray], row: int) -> None:
-        context, chunk = self._stream.context, self._stream.chunk_size
-        weight = self._stream.synthetic.text_weight
-        tokens, labels, weights, documents, domains = (out[k][row] for k in _ARRAYS)
-        weights[:] = weight
-        position, number, ends = 0, 0, []
-        while position < context:
-            domain, piece, after = self.take(context - position, fit=position > 0)
+    def _fill_text(self, out: Packing, start: int) -> None:
+        chunk, tokens, take = self._stream.chunk_size, out.tokens, self.take
+        position, number, limit = start, 0, start + self._stream.context
+        while position < limit:
+            domain, piece, after = take(limit - position, number > 0)
             end = position + len(piece)
-            stop = -(-end // chunk) * chunk
+            stop = end + -end % chunk
             tokens[position:end] = piece
-            documents[position:stop] = number
-            domains[position:stop] = domain
+            out.add(number, domain, stop - position)
             if after < 0:
-                ends.append((end - 1, stop))
+                out.end(end - 1, stop)
             position, number = stop, number + 1
-        labels[:-1] = tokens[1:]
-        labels[-1] = max(after, 0)
-        for last, stop in ends:  # nothing follows a document's last token, nor the padding behind it
-            labels[last:stop] = 0
-            weights[last:stop] = 0.0
+        out.close_row(after)
 
-    def _fill_synthetic(self, out: dict[str, np.ndarray], row: int) -> None:
+    def _fill_synthetic(self, out: Packing, start: int) -> None:
         stream = self._stream
         options, context, chunk = stream.synthetic, stream.context, stream.chunk_size
-        tokens, labels, weights, documents, domains = (out[k][row] for k in _ARRAYS)
         position = number = 0
         while position < context:
             rng = np.random.Generator(
@@ -192,16 +187,16 @@ class _Lane:
                 if length - drawn >= low * chunk:
                     length = drawn
             sample = self._sample(rng, length)
-            end = position + length
-            tokens[position:end] = sample.tokens
-            labels[position : end - 1] = sample.tokens[1:]
+            first, end = start + position, start + position + length
+            out.tokens[first:end] = sample.tokens
             answer = options.copy_weight if sample.kind == "copy" else options.answer_weight
-            weights[position : end - 1] = np.where(
+            out.weights[first : end - 1] = np.where(
                 sample.answer_mask[1:], answer, np.where(sample.text_mask[1:], options.text_weight, 0.0)
             )
-            documents[position:end] = number
-            domains[position:end] = len(stream._domains) + TASKS.index(sample.kind)
-            position, number = end, number + 1
+            out.add(number, len(stream._domains) + TASKS.index(sample.kind), length)
+            out.end(end - 1, end)
+            position, number = position + length, number + 1
+        out.close_row(-1)
 
     def _sample(self, rng: np.random.Generator, length: int) -> SyntheticSample:
         stream = self._stream
@@ -222,9 +217,6 @@ class _Lane:
         raise DataError(
             f"no synthetic task fits into {length} tokens; raise data.synthetic.min_length or the stage's context"
         )
-
-
-_ARRAYS = ("tokens", "labels", "loss_weights", "documents", "domains")
 
 
 class BatchStream:
@@ -265,6 +257,7 @@ class BatchStream:
         entries = mix_entries(data, mix)
         self._domains = [Domain(entry, opened[entry.path], seed) for entry in entries]
         self._inverse_weights = [1.0 / d.weight for d in self._domains]
+        self._vocab_size = min(d.shards.vocab_size for d in self._domains)
         self._mix_id = f"{seed_key(*[(d.name, d.weight, d.identity) for d in self._domains]):016x}"
         self.domain_names = [d.name for d in self._domains] + list(TASKS)
         if data.packing not in ("split", "best_fit") or data.packing_buffer < 1:
@@ -327,20 +320,27 @@ class BatchStream:
 
     def next_arrays(self) -> dict[str, np.ndarray]:
         """The next batch as NumPy arrays (see PackedBatch for names, shapes and dtypes)."""
-        shape = (len(self._lanes) * self.per_lane, self.context)
-        out: dict[str, np.ndarray] = {
-            "tokens": np.full(shape, self.tokenizer.pad_id, dtype=np.int64),
-            "labels": np.zeros(shape, dtype=np.int64),
-            "loss_weights": np.zeros(shape, dtype=np.float32),
-            "documents": np.empty(shape, dtype=np.int32),
-            "domains": np.empty(shape, dtype=np.int16),
-        }
-        row = 0
+        packing = Packing(
+            len(self._lanes) * self.per_lane, self.context, self.tokenizer.pad_id, self.synthetic.text_weight
+        )
+        start = 0
         for lane in self._lanes:
             for _ in range(self.per_lane):
-                lane.fill(out, row)
-                row += 1
-        return out
+                lane.fill(packing, start)
+                start += self.context
+        if int(packing.tokens.max()) >= self._vocab_size:
+            self._refuse_token()
+        return packing.arrays()
+
+    def _refuse_token(self) -> NoReturn:
+        """Name the shard of the token outside the vocabulary: it was read a moment ago."""
+        for count in itertools.count():
+            rows = [(c.domain.shards, c.row_back(count)) for lane in self._lanes for c in lane.cursors]
+            for shards, row in rows:
+                if row is not None:
+                    shards.check_tokens(row)
+            assert any(row is not None for _, row in rows), "a token outside the vocabulary that no document holds"
+        raise AssertionError
 
     def next_batch(self) -> PackedBatch:
         """The next batch of these lanes: (len(lane_ids) * batch / lanes, context), lanes in ascending order."""

@@ -8,6 +8,7 @@ import numpy as np
 
 _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_TABLE = 8  # the rounds are tabulated while a table has at most this many entries for each position asked for
 
 
 def seed_key(*parts: object) -> int:
@@ -29,25 +30,44 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     [0, size). A Feistel network over the next power of four, walked until it lands inside, is a permutation.
     """
     p = np.asarray(positions, dtype=np.uint64)
-    epoch, x = np.divmod(p, np.uint64(size))
-    if size == 1:
+    if size == 1 or not p.size:
         return np.zeros(p.shape, dtype=np.int64)
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = _mix(np.uint64(key) + (epoch + np.uint64(1)) * _GOLDEN)
+    epoch, x = np.divmod(p.reshape(-1), np.uint64(size))
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    with np.errstate(over="ignore"):
+        return _walk(x.astype(np.int64), epoch, size, half, np.uint64(key)).reshape(p.shape)
+
+
+def _walk(x: np.ndarray, epoch: np.ndarray, size: int, half: int, key: np.uint64) -> np.ndarray:
+    mask, bits = np.int64((1 << half) - 1), np.int64(half)
+
+    def keys_of(epoch: np.ndarray) -> np.ndarray:
+        return _mix(key + (epoch + np.uint64(1)) * _GOLDEN)
+
+    def noise(right: np.ndarray, keys: np.ndarray, number: int) -> np.ndarray:
+        mixed = _mix(right.astype(np.uint64) + keys + np.uint64(number + 1) * np.uint64(0xD1342543DE82EF95))
+        return mixed.astype(np.int64) & mask
+
+    first = epoch.min()
+    epochs = int(epoch.max() - first) + 1
+    tables: list[np.ndarray] = []
+    if epochs << half <= _TABLE * x.size:
+        every = np.arange(1 << half, dtype=np.uint64)
+        keys = keys_of(first + np.arange(epochs, dtype=np.uint64))[:, None]
+        tables = [noise(every, keys, number).reshape(-1) for number in range(_ROUNDS)]
+        keys = (epoch - first).astype(np.int64) << bits  # where an epoch's part of a table starts
+    else:
+        keys = keys_of(epoch)
 
     def network(x: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        left, right = x >> half, x & mask
+        left, right = x >> bits, x & mask
         for number in range(_ROUNDS):
-            noise = _mix(right + keys + np.uint64(number + 1) * np.uint64(0xD1342543DE82EF95))
-            left, right = right, left ^ (noise & mask)
-        return (left << half) | right
+            left, right = right, left ^ (tables[number][keys + right] if tables else noise(right, keys, number))
+        return (left << bits) | right
 
-    with np.errstate(over="ignore"):
-        x = network(x, keys)
-        outside = np.atleast_1d(x >= size)
-        x, keys = np.atleast_1d(x), np.atleast_1d(keys)
-        while outside.any():
-            x[outside] = network(x[outside], keys[outside])
-            outside = x >= size
-    return x.reshape(p.shape).astype(np.int64)
+    x = network(x, keys)
+    outside = np.flatnonzero(x >= size)
+    while outside.size:
+        x[outside] = again = network(x[outside], keys[outside])
+        outside = outside[again >= size]
+    return x

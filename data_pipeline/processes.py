@@ -1,8 +1,9 @@
-"""Helper processes must not outlive the process that started them, even when that one is killed."""
+"""What helper processes do first: not outlive the process that started them, and open as many files as they may."""
 
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 
@@ -19,3 +20,10 @@ def exit_with_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit of open files as far as it can do so itself. Only for processes of our own: others
+    may use ``select``, which knows 1,024 files."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.processes import exit_with_parent
+from data_pipeline.processes import allow_open_files, exit_with_parent
 
 
 def write_frame(pipe: IO[bytes], header: dict[str, Any], arrays: list[np.ndarray]) -> None:
@@ -55,6 +55,7 @@ def main() -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)  # meant for the trainer, which closes the pipe when it has saved
     exit_with_parent(int(sys.argv[1]))
+    allow_open_files()
     try:
         stream = pickle.load(sys.stdin.buffer)
         while True:

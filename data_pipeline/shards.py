@@ -15,9 +15,10 @@ import hashlib
 import io
 import json
 import os
+import resource
+import sys
 import tarfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,7 +43,6 @@ _DTYPES: dict[str, tuple[str, np.dtype]] = {
 WHOLE = 1 << 18
 """Documents of at most this many tokens are read and kept whole while a lane goes through them."""
 _BLOCK = 512
-_largest = np.maximum.reduce  # what ndarray.max() does behind two calls in Python
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -110,6 +110,38 @@ def _write_member(file: Any, name: str, payload: bytes) -> int:
     return offset
 
 
+class OpenFiles:
+    """The shards that this process holds open, oldest first: opening one anew for every document would make steps
+    dearer the more shards there are. All but 256 of the files that RLIMIT_NOFILE allows (or half of them, where that is
+    more); then the oldest is closed."""
+
+    def __init__(self) -> None:
+        self._owners: dict[int, tuple[dict[int, int], int]] = {}
+
+    def open(self, file: Path, owner: dict[int, int], shard: int) -> int:
+        """A handle of ``file``, also put into ``owner[shard]`` and taken from there when it is closed."""
+        while len(self._owners) >= self.limit():
+            self.close(next(iter(self._owners)))
+        handle = os.open(file, os.O_RDONLY)
+        self._owners[handle] = owner, shard
+        owner[shard] = handle
+        return handle
+
+    def close(self, handle: int) -> None:
+        """Close a handle of :meth:`open`."""
+        owner, shard = self._owners.pop(handle)
+        del owner[shard]
+        os.close(handle)
+
+    def limit(self) -> int:
+        """How many shards may be open."""
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return max(1, allowed // 2, allowed - 256) if allowed != resource.RLIM_INFINITY else sys.maxsize
+
+
+OPEN_FILES = OpenFiles()
+
+
 @dataclass(frozen=True)
 class Domain:
     """A domain's rows of the index: documents first .. first + documents - 1, holding ``tokens`` tokens."""
@@ -124,13 +156,13 @@ class ShardSet:
     """An opened folder of shards; documents are numbered by their row in the index.
 
     Opening reads the manifest, maps the index and compares file sizes (no shard is opened). Reading opens shards when
-    they are first needed and keeps at most ``max_open`` of them open. A folder behind a URL or ``pipe:`` (see
-    ``remote.py``) is fetched file by file into a cache.
+    they are first needed and keeps them open as far as the process may (:class:`OpenFiles`). A folder behind a URL or
+    ``pipe:`` (see ``remote.py``) is fetched file by file into a cache.
 
     Raises DataError, naming the file and what to do, for a missing, truncated or foreign file.
     """
 
-    def __init__(self, path: str | Path, *, max_open: int = 128) -> None:
+    def __init__(self, path: str | Path) -> None:
         self._remote = RemoteFolder(str(path)) if is_remote(path) else None
         self.path = Path(path) if self._remote is None else self._remote.path
         if self._remote is not None:
@@ -154,13 +186,13 @@ class ShardSet:
             self._remote.fetch(index_file.name, manifest["index"]["bytes"], manifest["index"]["sha256"])
         _check_size(index_file, manifest["index"]["bytes"])
         try:
-            self.index = np.load(index_file, mmap_mode="r")
+            self.index = np.load(index_file, mmap_mode="r").view(np.ndarray)
         except ValueError as error:
             raise DataError(f"{index_file} is not an index ({error}); {_REMAKE}") from error
         if self.index.dtype != INDEX_DTYPE or len(self.index) != self.documents:
             raise DataError(f"{index_file} does not describe the {self.documents} documents of the manifest; {_REMAKE}")
-        self._max_open = max_open
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._files = OPEN_FILES
+        self._open: dict[int, int] = {}
 
     def local(self, shard: int) -> Path:
         """The file of a shard on this machine, fetched if it lies elsewhere."""
@@ -200,55 +232,55 @@ class ShardSet:
         return self.load(document, *self.index[document].tolist())
 
     def load(self, document: int, offset: int, length: int, shard: int, crc32: int) -> np.ndarray | None:
-        """:meth:`document` with the index row at hand: one read, checks of header, checksum and vocabulary."""
+        """:meth:`document` with the index row at hand: one read and one checksum, which also tells an index or a dtype
+        that belongs to another shard. That its ids are in the vocabulary is for :meth:`check_tokens` to find."""
         if length > WHOLE:
             self.check_document(document)
             return None
-        size = length * self.dtype.itemsize
-        data = self._pread(shard, _BLOCK + size, offset - _BLOCK)
-        if data[257:262] != b"ustar" or data[124:135] != b"%011o" % size:
-            self._check_header(self.index[document], data)
-        tokens = np.frombuffer(data, self.dtype, -1, _BLOCK)
-        if zlib.crc32(tokens.data) != crc32:
-            self._refuse_crc(self.index[document])
-        if _largest(tokens) >= self.vocab_size:
-            self.refuse_token(document, int(tokens.max()))
-        return tokens
+        data = self._pread(shard, length * self.dtype.itemsize, offset)
+        if zlib.crc32(data) != crc32:
+            self._refuse(document)
+        return np.frombuffer(data, self.dtype)
 
-    def refuse_token(self, document: int, token: int) -> NoReturn:
-        """Raise the DataError for a token outside the vocabulary."""
-        raise DataError(
-            f"{self.shard_files[int(self.index[document]['shard'])]} holds the token {token}, outside the vocabulary "
-            f"of {self.vocab_size}; {_REMAKE}"
-        )
+    def check_tokens(self, document: int) -> None:
+        """Raise DataError for a token outside the vocabulary."""
+        length, step = int(self.index[document]["length"]), 1 << 22
+        for start in range(0, length, step):
+            largest = int(self.read(document, start, min(step, length - start)).max())
+            if largest >= self.vocab_size:
+                raise DataError(
+                    f"{self.shard_files[int(self.index[document]['shard'])]} holds the token {largest}, outside the "
+                    f"vocabulary of {self.vocab_size}; {_REMAKE}"
+                )
 
     def check_document(self, document: int) -> None:
         """Compare a document with its index row and checksum; DataError when it is not what was written."""
         row = self.index[document]
         left, offset = int(row["length"]) * self.dtype.itemsize, int(row["offset"])
-        self._check_header(row, self._pread(int(row["shard"]), _BLOCK, offset - _BLOCK))
+        self._check_header(row)
         crc = 0
         while left:
             block = self._pread(int(row["shard"]), min(left, 1 << 24), offset)
             crc, left, offset = zlib.crc32(block, crc), left - len(block), offset + len(block)
-        self._check_crc(row, crc)
+        if crc != int(row["crc32"]):
+            self._refuse(document)
 
-    def _check_header(self, row: np.void, header: bytes) -> None:
+    def _check_header(self, row: np.void) -> None:
         """The tar header in front of the tokens must announce exactly these bytes: the index is not another shard's."""
+        offset, shard = int(row["offset"]), int(row["shard"])
+        header = self._pread(shard, _BLOCK, offset - _BLOCK)
         size = header[124:135]
         wanted = int(row["length"]) * self.dtype.itemsize
         if header[257:262] != b"ustar" or not size.isdigit() or int(size, 8) != wanted:
-            file, offset = self.shard_files[int(row["shard"])], int(row["offset"])
-            raise DataError(f"{file} does not match its index at byte {offset}; {_REMAKE}")
+            raise DataError(f"{self.shard_files[shard]} does not match its index at byte {offset}; {_REMAKE}")
 
-    def _check_crc(self, row: np.void, crc: int) -> None:
-        if crc != int(row["crc32"]):
-            self._refuse_crc(row)
-
-    def _refuse_crc(self, row: np.void) -> NoReturn:
+    def _refuse(self, document: int) -> NoReturn:
+        """Raise the DataError for a document with another checksum than the index says."""
+        row = self.index[document]
+        self._check_header(row)
         raise DataError(
-            f"{self.shard_files[int(row['shard'])]} is damaged: the document at byte {int(row['offset'])} "
-            f"has another checksum; {_REMAKE}"
+            f"{self.shard_files[int(row['shard'])]} is damaged: the document at byte {int(row['offset'])} has another "
+            f"checksum; {_REMAKE}"
         )
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
@@ -256,14 +288,9 @@ class ShardSet:
         if handle is None:
             self.local(shard)
             try:
-                handle = os.open(self.shard_files[shard], os.O_RDONLY)
+                handle = self._files.open(self.shard_files[shard], self._open, shard)
             except OSError as error:
                 raise DataError(f"cannot open shard {self.shard_files[shard]}: {error.strerror}; {_REMAKE}") from error
-            self._open[shard] = handle
-            if len(self._open) > self._max_open:
-                os.close(self._open.popitem(last=False)[1])
-        else:
-            self._open.move_to_end(shard)
         data = os.pread(handle, size, offset)
         if len(data) != size:
             raise DataError(f"{self.shard_files[shard]} is truncated at byte {offset + len(data)}; {_REMAKE}")
@@ -271,8 +298,8 @@ class ShardSet:
 
     def close(self) -> None:
         """Close the open shards; reading opens them again."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        for handle in list(self._open.values()):
+            self._files.close(handle)
 
     def __del__(self) -> None:
         if hasattr(self, "_open"):
@@ -401,11 +428,7 @@ def verify(path: str | Path) -> dict[str, Any]:
             )
     for document in range(data.documents):
         data.check_document(document)
-        step = 1 << 22
-        for start in range(0, int(lengths[document]), step):
-            largest = int(data.read(document, start, min(step, int(lengths[document]) - start)).max())
-            if largest >= data.vocab_size:
-                data.refuse_token(document, largest)
+        data.check_tokens(document)
     if sum(d.documents for d in data.domains) != data.documents or lengths.sum() != data.tokens:
         raise DataError(f"{data.path / 'manifest.json'}: the domains do not add up to its totals; {_REMAKE}")
     return manifest

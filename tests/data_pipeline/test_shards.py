@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_pipeline import shards as shards_module
 from data_pipeline.config import DataConfig, MixEntry
 from data_pipeline.errors import DataError
 from data_pipeline.lanes import BatchStream, open_stream
-from data_pipeline.shards import ShardSet, verify, write_manifest, write_shard
+from data_pipeline.shards import OPEN_FILES, OpenFiles, ShardSet, verify, write_manifest, write_shard
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 
@@ -135,20 +140,58 @@ def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path, tokenizer: To
         read_all(tmp_path)
     with pytest.raises(DataError, match="x-000000.tar holds the token 700"):
         verify(tmp_path)
+    config = DataConfig(tokenizer=str(tmp_path), mix=[MixEntry("x", str(tmp_path), 1.0)], unreadable="skip")
+    options = {"lanes": 1, "lane_ids": [0], "batch": 1, "context": 512, "chunk_size": 16, "seed": 1}
+    with pytest.raises(DataError, match="token 700"):  # in a haystack, too, and never skipped: the writer is wrong
+        open_stream(config, **options, synthetic={"rate": 1.0}).next_arrays()
 
 
 def test_a_shard_that_vanishes_while_reading_is_named(copied: Path) -> None:
-    shards = ShardSet(copied, max_open=1)
+    shards = ShardSet(copied)
     (copied / "tales-000000.tar").rename(copied / "away")
     row = int(
         np.flatnonzero(shards.index["shard"] == [f.name for f in shards.shard_files].index("tales-000000.tar"))[0]
     )
     with pytest.raises(DataError, match="cannot open shard .*tales-000000.tar"):
         shards.document(row)
-    for other in range(shards.documents):  # the least recently used shard is closed again
-        if shards.index["shard"][other] != shards.index["shard"][row]:
-            shards.check_document(other)
-            assert len(shards._open) == 1
+
+
+def test_open_files_stay_below_the_limit_of_the_process(
+    copied: Path, numbered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest is closed, also when it is another folder's; what was closed is opened again; nothing stays open."""
+    files = OpenFiles()
+    monkeypatch.setattr(shards_module, "OPEN_FILES", files)
+    monkeypatch.setattr(files, "limit", lambda: 2)
+    sets = [ShardSet(copied), ShardSet(numbered)]
+    expected = [[s.document(i) for i in range(s.documents)] for s in sets]
+    handles: set[int] = set()
+    for number in range(60):
+        data, wanted = sets[number % 2], expected[number % 2]
+        row = (7 * number) % data.documents
+        assert np.array_equal(data.document(row), wanted[row])
+        opened = [handle for s in sets for handle in s._open.values()]
+        assert len(opened) <= 2 and all(os.fstat(handle) for handle in opened)
+        handles.update(opened)
+    for data in sets:
+        data.close()
+    for handle in handles:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(handle)
+
+
+def test_the_limit_follows_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for allowed, limit in [(1024, 768), (100, 50), (1, 1), (resource.RLIM_INFINITY, sys.maxsize)]:
+        monkeypatch.setattr(resource, "getrlimit", lambda what, allowed=allowed: (allowed, allowed))
+        assert OPEN_FILES.limit() == limit
+    monkeypatch.undo()
+    script = (
+        "import resource as r; from data_pipeline.processes import allow_open_files\n"
+        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (64, hard)); allow_open_files()\n"
+        "assert r.getrlimit(r.RLIMIT_NOFILE) == (hard, hard)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
 
 
 def test_ten_thousand_shards_cost_no_more_than_what_is_read(
@@ -181,7 +224,8 @@ def test_ten_thousand_shards_cost_no_more_than_what_is_read(
     for _ in range(20):
         stream.next_arrays()
     assert len(reads) == 20 * 2 * 256 // 16  # one read for each of the documents
-    assert len(stream._domains[0].shards._open) <= 128
+    opened = stream._domains[0].shards._open
+    assert set(opened) == set(reads) and len(opened) < len(reads)  # each was opened once
     state = stream.state_dict()
     expected = stream.next_arrays()
     reads.clear()
