@@ -15,6 +15,8 @@ from hsa_kernels.triton.attention import precision
 _PASS_BYTES = 1 << 29
 # One block of the scattered score gradient, in bytes.
 _BLOCK_BYTES = 1 << 28
+# Queries of such a block at least, so that its products fill the device.
+_LEAST_BLOCK = 2048
 
 
 def supports(q: Tensor, landmarks: Tensor, top_k: int, noise: Tensor | None) -> str | None:
@@ -90,8 +92,12 @@ def select(
     return ids, scores
 
 
-def select_backward(q: Tensor, landmarks: Tensor, indices: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the selected scores: a block of queries at a time, scattered to (block, C) and multiplied."""
+def select_backward(
+    q: Tensor, landmarks: Tensor, indices: Tensor, grad: Tensor, *, chunk_size: int, query_offset: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the selected scores: a block of queries at a time, scattered to (block, chunks before its end) and
+    multiplied.
+    """
     batch, length, heads, dim = q.shape
     chunks = landmarks.shape[1]
     scale = 1.0 / math.sqrt(dim)
@@ -99,14 +105,17 @@ def select_backward(q: Tensor, landmarks: Tensor, indices: Tensor, grad: Tensor)
     dlm = torch.zeros(batch, heads, chunks, dim, dtype=torch.float32, device=q.device)
     lm = landmarks.transpose(1, 2)
     block = max(1, _BLOCK_BYTES // (batch * heads * (chunks + 1) * 4))
+    # Some blocks at least, so that most of the products skip the chunks behind their queries.
+    block = min(block, max(_LEAST_BLOCK, -(-length // 16)))
     for begin in range(0, length, block):
         part = slice(begin, min(begin + block, length))
+        seen = min(chunks, (query_offset + part.stop - 1) // chunk_size)
         ids = indices[:, part].transpose(1, 2).long()
         g = (grad[:, part].transpose(1, 2) * scale).to(q.dtype)
-        wide = torch.zeros(*ids.shape[:3], chunks + 1, dtype=q.dtype, device=q.device)
+        wide = torch.zeros(*ids.shape[:3], seen + 1, dtype=q.dtype, device=q.device)
         # -1 goes to the column that is cut off. No id is listed twice, so a plain scatter is exact.
-        wide.scatter_(-1, torch.where(ids < 0, chunks, ids), g)
-        wide = wide[..., :chunks]
-        dq[:, part] = torch.matmul(wide, lm).transpose(1, 2)
-        dlm += torch.matmul(wide.transpose(-1, -2), q[:, part].transpose(1, 2)).float()
+        wide.scatter_(-1, torch.where(ids < 0, seen, ids), g)
+        wide = wide[..., :seen]
+        dq[:, part] = torch.matmul(wide, lm[:, :, :seen]).transpose(1, 2)
+        dlm[:, :, :seen] += torch.matmul(wide.transpose(-1, -2), q[:, part].transpose(1, 2)).float()
     return dq, dlm.transpose(1, 2).to(landmarks.dtype).contiguous()

@@ -5,6 +5,7 @@ Hidden states are (L, B, hidden), Megatron's layout; operators take (B, L, heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,11 @@ from parallel.compat import (
     apply_rotary_pos_emb,
     tensor_parallel,
 )
-from parallel.context import key_documents, left_halo
+from parallel.context import keep_in_graph, start_halo
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
 from parallel.norm import RMSNorm
+from parallel.selection import select_chunks
 from parallel.tensor import HeadLinear, whole_sequence
 
 
@@ -34,11 +36,13 @@ class AttentionSchedule:
 
     window, hsa_window: tokens a sliding-window layer sees, the token itself included (hsa_window: inside HSA layers).
     top_k: chunks an HSA token reads; None means every visible chunk.
+    balance_selection: share chunk selection out evenly over context-parallel ranks; None: where it pays.
     """
 
     window: int = 512
     hsa_window: int = 512
     top_k: int | None = None
+    balance_selection: bool | None = None
 
 
 class NoCoreAttention:
@@ -64,22 +68,54 @@ class SlidingWindowSelfAttention(SelfAttention):
 
         hidden_states (L, B, hidden); rotary_pos_emb (n + L, 1, 1, D) angles of positions 0 .. n + L - 1, n the length
         of the halo (only differences of positions matter, so a halo's first token may be called position 0); documents
-        (B, L) int32; halo: keys and values (n, B, Hkv, D) of the n tokens to the left, keys not yet rotated; under
-        context parallelism they come from the left neighbours, and documents are those of the whole sequence. Returns
-        the output (L, B, hidden) and this call's keys and values, halo included, keys not rotated.
+        (B, n + L) int32; halo: keys and values (n, B, Hkv, D) of the n tokens to the left, keys not yet rotated.
+
+        Under context parallelism there is no halo to be given: it comes from the left neighbours, and documents are
+        those of the whole sequence. Tokens that do not see it are computed while it is under way.
+
+        Returns the output (L, B, hidden) and the keys and values of `halo` and of these tokens, keys not rotated.
         """
         q, k, v = self.get_query_key_value_tensors(hidden_states)
+        group = self.pg_collection.cp
+        if group.size() > 1:
+            return self.linear_proj(self._attend_slice(q, k, v, rotary_pos_emb, window, documents))[0], (k, v)
         if halo is not None:
             k, v = torch.cat((halo[0], k)), torch.cat((halo[1], v))
-        else:
-            k, v = left_halo(k, v, window - 1, self.pg_collection.cp)
-            documents = key_documents(documents, k.shape[0], self.pg_collection.cp)
+        return self.linear_proj(self._attend(q, k, v, rotary_pos_emb, window, documents))[0], (k, v)
+
+    def _attend_slice(
+        self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, window: int, documents: Tensor | None
+    ) -> Tensor:
+        """Context output (L, B, heads * D) of this rank's slice, with the halo fetched meanwhile."""
+        group = self.pg_collection.cp
+        length, reach = k.shape[0], window - 1
+        start = group.rank() * length
+        fetch = start_halo(k, v, reach, group)
+
+        def own(first: int, stop: int) -> Tensor | None:
+            return None if documents is None else documents[:, start + first : start + stop].contiguous()
+
+        parts = []
+        if reach < length:
+            # The same angles for keys and queries of both parts: only differences of positions matter.
+            parts.append(self._attend(q[reach:], k, v, angles[:length], window, own(0, length)))
+        halo_k, halo_v = fetch()
+        near = min(reach, length)
+        if near:
+            keys = torch.cat((halo_k, k[:near])), torch.cat((halo_v, v[:near]))
+            parts.insert(0, self._attend(q[:near], *keys, angles, window, own(-halo_k.shape[0], near)))
+        return torch.cat(parts)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, window: int, documents: Tensor | None) -> Tensor:
+        """q (l, B, Hq, D) against k, v (n, B, Hkv, D) whose last l are the queries' own tokens -> (l, B, Hq * D).
+        documents (B, n) of the keys.
+        """
         offset = k.shape[0] - q.shape[0]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             group = self.pg_collection.cp
-            q = apply_rotary_pos_emb(q, rotary_pos_emb[offset : offset + q.shape[0]], self.config, cp_group=group)
-            k = apply_rotary_pos_emb(k, rotary_pos_emb[: k.shape[0]], self.config, cp_group=group)
+            q = apply_rotary_pos_emb(q, angles[offset : offset + q.shape[0]], self.config, cp_group=group)
+            k = apply_rotary_pos_emb(k, angles[: k.shape[0]], self.config, cp_group=group)
             out = ops.sliding_window_attention(
                 q.transpose(0, 1),
                 k.transpose(0, 1),
@@ -91,10 +127,8 @@ class SlidingWindowSelfAttention(SelfAttention):
             return out.transpose(0, 1).flatten(2)
 
         if self.checkpoint_core_attention and self.training:
-            out = tensor_parallel.checkpoint(attend, False, q, k, v)
-        else:
-            out = attend(q, k, v)
-        return self.linear_proj(out)[0], (k, v)
+            return tensor_parallel.checkpoint(attend, False, q, k, v)
+        return attend(q, k, v)
 
 
 class HierarchicalSparseAttention(MegatronModule):
@@ -117,6 +151,7 @@ class HierarchicalSparseAttention(MegatronModule):
         self.model = model
         self.schedule = schedule
         self.tp_group = pg_collection.tp
+        self.cp_group = pg_collection.cp
         retrieval_size = model.retrieval_dim // model.retrieval_heads
         self.linear_q = HeadLinear(config, model.num_heads, model.head_dim, self.tp_group)
         self.linear_retrieval = HeadLinear(config, model.retrieval_heads, retrieval_size, self.tp_group)
@@ -147,22 +182,30 @@ class HierarchicalSparseAttention(MegatronModule):
         return q, self.retrieval_layernorm(retrieval.to(wide))
 
     def forward(
-        self, hidden_states: Tensor, memory: ContextMemory, *, documents: Tensor | None = None, query_offset: int = 0
+        self,
+        hidden_states: Tensor,
+        memory: ContextMemory | Callable[[], ContextMemory],
+        *,
+        documents: Tensor | None = None,
+        query_offset: int = 0,
     ) -> Tensor:
         """hidden_states (L, B, hidden) of tokens query_offset .. query_offset + L - 1 (L / tensor of them under
-        sequence parallelism); documents (B, keys) int32.
+        sequence parallelism); memory, or what waits for it; documents (B, keys) int32.
 
         Returns the like of hidden_states; rows that see no completed chunk are 0 before the output projection.
         """
         model = self.model
         q, retrieval = self.queries(whole_sequence(hidden_states, self.config, self.tp_group))
         wide = retrieval.dtype
+        read = memory if isinstance(memory, ContextMemory) else memory()
 
         def attend(q: Tensor, retrieval: Tensor, k: Tensor, v: Tensor, landmarks: Tensor) -> Tensor:
-            indices, scores = ops.select_chunks(
-                retrieval.transpose(0, 1),
+            indices, scores = select_chunks(
+                retrieval,
                 landmarks.to(wide),
-                top_k=min(self.schedule.top_k or memory.chunks, memory.chunks),
+                group=self.cp_group,
+                balance=self.schedule.balance_selection,
+                top_k=min(self.schedule.top_k or read.chunks, read.chunks),
                 chunk_size=model.chunk_size,
                 query_offset=query_offset,
                 documents=documents,
@@ -171,11 +214,13 @@ class HierarchicalSparseAttention(MegatronModule):
             if indices.shape[2] < k.shape[2]:  # one retrieval shared by all key/value heads
                 indices = indices.expand(-1, -1, k.shape[2], -1)
                 weights = weights.expand(-1, -1, k.shape[2], -1)
-            k, v, indices = memory.fetch(k, v, indices)
+            k, v, indices = read.fetch(k, v, indices)
             out = ops.hsa_attention(q.transpose(0, 1), k, v, weights, indices, chunk_size=model.chunk_size)
+            if self.cp_group.size() > 1:
+                out = keep_in_graph(out, scores)
             return out.transpose(0, 1).flatten(2)
 
-        inputs = (q, retrieval, memory.k, memory.v, memory.landmarks)
+        inputs = (q, retrieval, read.k, read.v, read.landmarks)
         if self.checkpoint_core_attention and self.training:
             out = tensor_parallel.checkpoint(attend, False, *inputs)
         else:

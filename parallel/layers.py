@@ -4,6 +4,9 @@ experts.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from torch import Tensor
 
 from parallel.attention import (
@@ -30,7 +33,7 @@ from parallel.compat import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-from parallel.context import gather_memory, keep_in_graph
+from parallel.context import keep_in_graph, start_gather
 from parallel.encoder import ChunkEncoder
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
@@ -100,19 +103,27 @@ class DecoderLayer(TransformerLayer):
         if self.takes_memory:
             chunks = hidden_states.shape[0] * shared * slices.size() // self.model.chunk_size
             hidden_states, context = split_payload(hidden_states, self.config.hidden_size, chunks, self.memory_width)
-        memory = None
+        memory: ContextMemory | Callable[[], ContextMemory] | None = None
         if self.encoder is not None:
-            memory = self.encoder(hidden_states)
-            context = gather_memory(memory.pack(), slices)
-        if self.has_hsa and (memory is None or slices.size() > 1):
+            own: ContextMemory = self.encoder(hidden_states)
+            gather = start_gather(own.pack(), slices)  # under way while this layer's window is computed
+            memory = own
+            if slices.size() > 1:
+                memory = functools.partial(self._unpack, gather)
+        elif self.has_hsa:
             memory = ContextMemory.unpack(context, self.model, self.retrieval_heads)
         offset = slices.rank() * hidden_states.shape[0] * shared
         output, _kv = self.mix(hidden_states, rotary_pos_emb, memory=memory, documents=documents, query_offset=offset)
-        if self.encoder is not None and slices.size() > 1:
-            output = keep_in_graph(output, context)
+        if self.encoder is not None:
+            context = gather()
+            if slices.size() > 1:
+                output = keep_in_graph(output, context)
         if self.gives_memory:
             output = join_payload(output, context)
         return output, context
+
+    def _unpack(self, gather: Callable[[], Tensor]) -> ContextMemory:
+        return ContextMemory.unpack(gather(), self.model, self.retrieval_heads)
 
     @property
     def memory_width(self) -> int:
@@ -126,7 +137,7 @@ class DecoderLayer(TransformerLayer):
         hidden_states: Tensor,
         rotary_pos_emb: Tensor,
         *,
-        memory: ContextMemory | None = None,
+        memory: ContextMemory | Callable[[], ContextMemory] | None = None,
         documents: Tensor | None = None,
         halo: KeysAndValues | None = None,
         query_offset: int = 0,

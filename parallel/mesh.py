@@ -27,7 +27,9 @@ class ParallelConfig:
     """Sizes of the parallel forms, as written under ``parallel:`` in a recipe.
 
     ``sequence`` splits norms and residuals over the tensor-parallel ranks (null: wherever there are several);
-    ``virtual_pipeline`` is the number of model chunks of each pipeline rank (1: no interleaving).
+    ``virtual_pipeline`` is the number of model chunks of each pipeline rank (1: no interleaving);
+    ``balance_selection`` shares the scoring of chunks out evenly over the context-parallel ranks (null: where it saves
+    time by estimate, see ``parallel.selection``).
     """
 
     tensor: int = 1
@@ -36,6 +38,7 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int = 1
     sequence: bool | None = None
+    balance_selection: bool | None = None
 
     @property
     def uses_sequence(self) -> bool:

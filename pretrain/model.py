@@ -251,7 +251,10 @@ def build_chunks(
     """All of this rank's model chunks: one, or as many as an interleaved pipeline has virtual stages."""
     config = transformer_config(model, parallel=parallel, bf16=bf16, recompute=recompute, deterministic=deterministic)
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
-    return [_build_chunk(config, model, max_length, seed, device, stage) for stage in stages]
+    chunks = [_build_chunk(config, model, max_length, seed, device, stage) for stage in stages]
+    for chunk in chunks:
+        chunk.schedule.balance_selection = parallel.balance_selection
+    return chunks
 
 
 def _build_chunk(

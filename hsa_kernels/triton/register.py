@@ -80,23 +80,26 @@ def _(q, landmarks, documents, top_k, chunk_size, query_offset, exclude_window):
 
 
 @torch.library.custom_op("hsa_kernels::select_backward", mutates_args=())
-def select_backward_op(q: Tensor, landmarks: Tensor, indices: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def select_backward_op(
+    q: Tensor, landmarks: Tensor, indices: Tensor, grad: Tensor, chunk_size: int, query_offset: int
+) -> tuple[Tensor, Tensor]:
     """Gradients of the selected scores in q and landmarks."""
-    return selection.select_backward(q, landmarks, indices, grad)
+    return selection.select_backward(q, landmarks, indices, grad, chunk_size=chunk_size, query_offset=query_offset)
 
 
 @select_backward_op.register_fake
-def _(q, landmarks, indices, grad):
+def _(q, landmarks, indices, grad, chunk_size, query_offset):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, landmarks))
 
 
 def _save_select(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], inputs[1], output[0])
+    q, landmarks, _, _, ctx.chunk_size, ctx.query_offset, _ = inputs
+    ctx.save_for_backward(q, landmarks, output[0])
     ctx.mark_non_differentiable(output[0])
 
 
 def _select_gradient(ctx, _, grad):
-    dq, dlm = select_backward_op(*ctx.saved_tensors, grad)
+    dq, dlm = select_backward_op(*ctx.saved_tensors, grad, ctx.chunk_size, ctx.query_offset)
     return dq, dlm, None, None, None, None, None
 
 

@@ -6,8 +6,8 @@ each, and saves each result as FOLDER/NAME.pt as soon as it is there. What a set
 
 A job is {"name": str, "ranks": int, "parallel": {...}, "model": {...}, "window": int, "hsa_window": int, "top_k": int
 or null, "length": int, "steps": int, "micro_batch": int, "recompute": str, "probe": position of the token to change}.
-Its result holds losses, grad_norms (one per step), gradients after the first step by global parameter name, traffic of
-a step in bytes by rank, and the positions that move.
+Its result holds losses, grad_norms (one per step), gradients after the first step by global parameter name, what a
+step adds to `traffic` by rank, and the positions that move.
 """
 
 import json
@@ -115,7 +115,7 @@ def run(job):
         traffic.reset()
         results.append(step(mine, job.get("micro_batch", 1), wants_stop=False))
     place = compat.parallel_state.get_tensor_model_parallel_rank()
-    gathered = mesh.gather_objects((place, recorder.gradients, (traffic.halo, traffic.memory)))
+    gathered = mesh.gather_objects((place, recorder.gradients, vars(traffic).copy()))
     gradients = {}
     for name in sorted({name for _, found, _ in gathered for name in found}):
         holders = sorted(((place, found[name]) for place, found, _ in gathered if name in found), key=lambda x: x[0])
@@ -125,7 +125,7 @@ def run(job):
         "grad_norms": [result.grad_norm for result in results],
         "domains": [result.domain_losses for result in results],
         "gradients": gradients,
-        "traffic": [bytes_ for _, _, bytes_ in gathered],
+        "traffic": [counted for _, _, counted in gathered],
         "moved": moved,
         "logits": logits,
     }

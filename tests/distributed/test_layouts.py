@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parallel.context import halo_shares
+from parallel.selection import handed_over
 from tests.conftest import hsa_environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -42,13 +43,28 @@ LAYOUTS = {
         "expert": {"parallel": {"expert": 2}},
         "data": {"parallel": {}},
     },
+    3: {
+        # the middle rank hands nothing over
+        "context, selection shared out": {
+            "parallel": {"context": 3, "balance_selection": True}, "length": 48, "window": 24, **FEW,
+        },
+    },
     4: {
         "tensor, 2 key-value heads": {"parallel": {"tensor": 4}, "micro_batch": 4},
         "context, windows over several slices": {"parallel": {"context": 4}, "window": 40, "hsa_window": 24},
+        "context, selection shared out": {"parallel": {"context": 4, "balance_selection": True}},
+        "context, selection shared out, attention recomputed": {
+            "parallel": {"context": 4, "balance_selection": True}, "window": 40, "hsa_window": 24,
+            "recompute": "selective", **FEW,
+        },
+        "context, a chunk each": {  # the first rank sees no chunk at all
+            "parallel": {"context": 4, "balance_selection": True}, "length": 32, "micro_batch": 1, **FEW,
+        },
         "pipeline": {"parallel": {"pipeline": 4}, "micro_batch": 1},
         "expert": {"parallel": {"expert": 4}, "micro_batch": 1},
         "tensor x context": {
-            "parallel": {"tensor": 2, "context": 2}, "model": ONE_HEAD, "window": 40, "micro_batch": 4,
+            "parallel": {"tensor": 2, "context": 2, "balance_selection": True}, "model": ONE_HEAD, "window": 40,
+            "micro_batch": 4,
         },
         "context x pipeline": {"parallel": {"context": 2, "pipeline": 2}, "model": {"swa_in_hsa": False}},
         "expert x data": {"parallel": {"expert": 2}, "micro_batch": 1},
@@ -114,19 +130,48 @@ def test_a_layout_equals_one_rank(results, ranks, layout):
     assert single["moved"] and spread["moved"] == single["moved"]
 
 
+RANKS, SLICE, CHUNK, NUMBER = 4, 16, 8, 4  # context-parallel ranks, tokens of each, tokens of a chunk, bytes
+SEQUENCES, HSA_LAYERS, HEADS = 4, 2, 2  # per step; retrieval heads
+
+
 def test_bytes_moved_are_those_of_the_formula(results):
     """Context parallelism: windows' halos, and the memory once, however many HSA layers there are."""
-    _, spread = results(4, "context, windows over several slices")
-    ranks, micro_batches, batch, length, width = 4, 2, 2, 16, 4
-    key_value = 2 * 2 * 8 * width  # keys and values, heads, head size
-    reach = {40: 39, 24: 23}
-    for rank, (halo, memory) in enumerate(spread["traffic"]):
+    _, spread = results(RANKS, "context, windows over several slices")
+    key_value = 2 * 2 * 8 * NUMBER  # keys and values, heads, head size
+    for rank, counted in enumerate(spread["traffic"]):
         received = returned = 0
         for window, layers in ((40, 3), (24, 2)):
-            shares = halo_shares(length, reach[window], ranks)
+            shares = halo_shares(SLICE, window - 1, RANKS)
             received += layers * sum(shares[:rank])
-            returned += layers * sum(shares[: ranks - 1 - rank])
-        assert halo == micro_batches * batch * (received + returned) * key_value
-        chunk = (2 * 8 * 2 * 8 + 16) * width  # keys and values of a chunk of 8, its landmark
+            returned += layers * sum(shares[: RANKS - 1 - rank])
+        assert counted["halo"] == SEQUENCES * (received + returned) * key_value
+        chunk = (2 * CHUNK * 2 * 8 + 16) * NUMBER  # keys and values of a chunk, its landmark
         # Two HSA layers, one exchange: gathered in forward, scattered in backward.
-        assert memory == micro_batches * batch * 2 * (ranks - 1) * (length // 8) * chunk
+        assert counted["memory"] == SEQUENCES * 2 * (RANKS - 1) * (SLICE // CHUNK) * chunk
+        assert counted["selection"] == 0
+
+
+def test_bytes_of_shared_selection_are_those_of_the_formula(results):
+    _, spread = results(RANKS, "context, selection shared out")
+    shares, top_k, size = handed_over(SLICE, CHUNK, RANKS), 3, 8
+    for rank, counted in enumerate(spread["traffic"]):
+        partner = RANKS - 1 - rank
+        if rank < partner:  # queries, then gradients of scores
+            numbers = shares[rank] * (size + top_k)
+        else:  # ids and scores, then gradients of queries
+            numbers = shares[partner] * (2 * top_k + size)
+        assert counted["selection"] == SEQUENCES * HSA_LAYERS * HEADS * numbers * NUMBER
+
+
+def test_shared_selection_is_even(results):
+    """Pairs of query and chunk scored in a step, by rank: the largest over the mean."""
+
+    def unevenness(layout):
+        scored = [counted["scored"] for counted in results(RANKS, layout)[1]["traffic"]]
+        return sum(scored), max(scored) * RANKS / sum(scored)
+
+    total, uneven = unevenness("context, windows over several slices")
+    shared, even = unevenness("context, selection shared out")
+    assert total == shared
+    assert uneven == pytest.approx(13 / 7)  # 2 N - 1 over N, but for the first chunk, which sees none
+    assert even < 1.05

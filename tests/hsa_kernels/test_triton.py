@@ -181,6 +181,20 @@ def test_selection_equals_the_oracle(length, heads, dim, chunks, top_k, size, of
         assert relative(a, b) <= 1e-5
 
 
+def test_selection_gradients_in_blocks(monkeypatch):
+    """Every block stops at its last query's chunks."""
+    monkeypatch.setattr(register.selection, "_LEAST_BLOCK", 7)
+    g = torch.Generator().manual_seed(5)
+    q, lm = (torch.randn(2, n, 2, 16, generator=g, device="cpu").to(DEVICE).requires_grad_() for n in (50, 30))
+    kwargs = {"top_k": 3, "chunk_size": 2, "query_offset": 9}
+    ids, scores = reference.select_chunks(q, lm, **kwargs)
+    cot = torch.randn(scores.shape, generator=g).to(DEVICE)
+    want = torch.autograd.grad(torch.where(ids < 0, 0, scores), (q, lm), cot)
+    got = register.selection.select_backward(q, lm, ids, cot, chunk_size=2, query_offset=9)
+    for ours, expected in zip(got, want, strict=True):
+        assert relative(ours, expected) < 1e-5
+
+
 def test_selection_in_passes(monkeypatch):
     monkeypatch.setattr(register.selection, "_PASS_BYTES", 0)
     monkeypatch.setattr(register.selection, "_BLOCK_BYTES", 0)

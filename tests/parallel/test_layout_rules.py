@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from parallel.context import halo_shares
+from parallel.context import Exchange, halo_shares
 from parallel.errors import TopologyError
 from parallel.mesh import ParallelConfig, check_micro_batches, check_topology
 from parallel.model_config import ModelConfig
 from parallel.pipeline import join_payload, layer_costs, split_layers, split_payload, stage_layout
+from parallel.selection import balancing_pays, handed_over, scored_pairs
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=4, upper_layers=4, hsa_layers=2, num_heads=4,
@@ -52,6 +53,78 @@ def test_halos_come_from_the_nearest_first():
     assert halo_shares(16, 39, 4) == [16, 16, 7]
     assert halo_shares(16, 15, 4) == [15, 0, 0]
     assert halo_shares(16, 500, 4) == [16, 16, 16]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (3, 40), (8, 16), (17, 17)])
+def test_a_query_is_scored_with_the_chunks_before_it(start, stop):
+    assert scored_pairs(start, stop, 8) == sum(position // 8 for position in range(start, stop))
+
+
+@pytest.mark.parametrize(("length", "ranks"), [(16, 4), (24, 3), (64, 2), (8, 8), (40, 5), (4096, 6)])
+def test_queries_handed_over_make_every_pair_of_ranks_as_even_as_it_can_be(length, ranks):
+    shares = handed_over(length, 8, ranks)
+    assert len(shares) == ranks // 2
+    for low, count in enumerate(shares):
+        end = (ranks - low) * length
+
+        def gap(moved, low=low, end=end):
+            helped = scored_pairs(end - moved, end, 8)
+            own = scored_pairs(end - length, end - moved, 8)
+            return abs(own - helped - scored_pairs(low * length, (low + 1) * length, 8))
+
+        assert 0 <= count <= length
+        assert gap(count) == min(gap(moved) for moved in range(max(0, count - 50), min(length, count + 50) + 1))
+
+
+def test_balancing_pays_in_long_contexts_only():
+    def pays(context, top_k=64):
+        return balancing_pays(length=context // 8, ranks=8, chunk_size=64, top_k=top_k, retrieval_size=128)
+
+    assert not pays(16 << 10) and pays(1 << 20)
+    assert not pays(1 << 20, top_k=(1 << 20) // 64), "every score would travel"
+    assert not balancing_pays(length=1 << 20, ranks=1, chunk_size=64, top_k=64, retrieval_size=128)
+
+
+def test_work_between_start_and_wait_runs_while_the_exchange_is_under_way():
+    """In forward and in backward: started before the work, waited for behind it, and the numbers are those awaited."""
+    events = []
+
+    class Handle:
+        def __init__(self, name, out, value):
+            self.name, self.out, self.value = name, out, value
+
+        def wait(self):
+            events.append(f"wait {self.name}")
+            self.out.copy_(self.value)  # nothing may have read it before
+
+    def start(name, factor):
+        def run(x):
+            events.append(f"start {name}")
+            out = torch.full_like(x, float("nan"))
+            return out, Handle(name, out, factor * x)
+
+        return run
+
+    class Work(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            events.append("work")
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, gradient):
+            events.append("work back")
+            return gradient
+
+    x = torch.ones(3, requires_grad=True)
+    exchange = Exchange(start("forward", 2.0), start("backward", 5.0))
+    pending = exchange.begin(x * 1.0)
+    worked = Work.apply(x)
+    total = exchange.end(pending) + worked
+    assert torch.equal(total, torch.full((3,), 3.0))
+    total.sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 6.0))
+    assert events == ["start forward", "work", "wait forward", "start backward", "work back", "wait backward"]
 
 
 @pytest.mark.parametrize(
