@@ -29,6 +29,16 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "continue a prompt",
         "hsa generate runs/demo --prompt-file prompt.txt",
     ),
+    "export": (
+        "pretrain.huggingface.export",
+        "write a checkpoint as a Hugging Face folder",
+        "hsa export runs/demo --out demo-hf",
+    ),
+    "import": (
+        "pretrain.huggingface.importing",
+        "make a run directory from a Hugging Face folder",
+        "hsa import demo-hf --out runs/imported",
+    ),
     "bench": ("pretrain.bench", "measure speed", "hsa bench kernels --json kernels.json"),
 }
 
