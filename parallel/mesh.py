@@ -70,7 +70,7 @@ def check_topology(
     num_heads: int | None = None,
     num_experts: int | None = None,
     key_value_heads: dict[str, int] | None = None,
-    vocab_size: int | None = None,
+    widths: dict[str, int] | None = None,
     context_length: int | None = None,
     chunk_size: int | None = None,
     lanes: int | None = None,
@@ -79,8 +79,9 @@ def check_topology(
     """Check that the sizes fit ``world_size`` ranks and the model facts that are given; return the data-parallel size.
 
     num_heads: query heads; num_experts: None or 0 for a dense model; key_value_heads: numbers of heads by the model's
-    field names, which tensor-parallel ranks share out or share; context_length, chunk_size in tokens; lanes: data
-    lanes; batch: sequences per step. Raises TopologyError naming the numbers that clash and the nearest that work.
+    field names, which tensor-parallel ranks share out or share; widths: sizes by the model's field names that they cut
+    into equal parts; context_length, chunk_size in tokens; lanes: data lanes; batch: sequences per step. Raises
+    TopologyError naming the numbers that clash and the nearest that work.
     """
     for name in ("tensor", "expert", "context", "pipeline", "virtual_pipeline"):
         if getattr(parallel, name) < 1:
@@ -92,7 +93,8 @@ def check_topology(
         fits = [n for n in range(parallel.model_ranks, world_size + 2 * parallel.model_ranks, parallel.model_ranks)]
         raise TopologyError(
             f"parallel: {product} = {parallel.model_ranks} does not divide {world_size} ranks; "
-            f"start {_nearest(world_size, fits)} ranks, or choose sizes whose product divides {world_size}"
+            f"start {_nearest(world_size, fits)} ranks, or choose sizes whose product is "
+            f"{_nearest(parallel.model_ranks, _divisors(world_size))}"
         )
     data = world_size // parallel.model_ranks
     if parallel.sequence and parallel.tensor == 1:
@@ -114,7 +116,6 @@ def check_topology(
     for name, size, what, number in (
         ("expert", parallel.expert, "experts", num_experts or None),
         ("tensor", parallel.tensor, "query heads", num_heads),
-        ("tensor", parallel.tensor, "tokens of vocabulary", vocab_size),
         ("pipeline", parallel.pipeline, "layers", num_layers),
     ):
         stages = size * parallel.virtual_pipeline if name == "pipeline" else size
@@ -132,6 +133,12 @@ def check_topology(
             f"parallel.sequence=false with parallel.tensor={parallel.tensor}: Megatron trains experts under tensor "
             "parallelism only with sequence parallelism; leave parallel.sequence out or set it to true"
         )
+    for field, width in (widths or {}).items():
+        if width % parallel.tensor:
+            raise TopologyError(
+                f"parallel.tensor={parallel.tensor} does not divide model.{field}={width}; the nearest that works: "
+                f"{_nearest(parallel.tensor, _divisors(width))}"
+            )
     for field, heads in (key_value_heads or {}).items():
         if heads % parallel.tensor and parallel.tensor % heads:
             works = [n for n in range(1, 2 * parallel.tensor + 1) if heads % n == 0 or n % heads == 0]
@@ -170,11 +177,11 @@ def check_topology(
     return data
 
 
-def check_micro_batches(parallel: ParallelConfig, count: int, stage: str) -> None:
+def check_micro_batches(parallel: ParallelConfig, count: int) -> None:
     """Check that an interleaved pipeline gets micro-batches in whole rounds of its ranks; TopologyError otherwise."""
     if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
         raise TopologyError(
-            f"stage {stage}: {count} micro-batches per step and data-parallel rank are no multiple of "
+            f"{count} micro-batches per step and data-parallel rank are no multiple of "
             f"parallel.pipeline={parallel.pipeline}, as parallel.virtual_pipeline={parallel.virtual_pipeline} needs; "
             f"change batch or micro_batch so that there are "
             f"{_nearest(count, list(range(parallel.pipeline, count + 2 * parallel.pipeline, parallel.pipeline)))}"

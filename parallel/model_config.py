@@ -53,6 +53,13 @@ class ModelConfig:
         """Heads that serve several query heads each, by field name."""
         return {name: getattr(self, name) for name in ("swa_kv_heads", "hsa_kv_heads", "retrieval_heads")}
 
+    def split_widths(self) -> dict[str, int]:
+        """Sizes that tensor-parallel ranks cut into equal parts, by field name (heads and experts apart)."""
+        names = ["vocab_size", "ffn_hidden_size", "encoder_ffn_hidden_size"]
+        if self.num_experts:
+            names.append("shared_expert_ffn_hidden_size")
+        return {name: getattr(self, name) for name in names}
+
     def layer_kinds(self) -> list[str]:
         """One of "swa", "hsa" (HSA alone) or "swa+hsa" for every decoder layer, bottom to top."""
         kinds = ["swa"] * self.lower_layers

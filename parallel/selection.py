@@ -18,9 +18,9 @@ from torch.distributed import ProcessGroup
 from hsa_kernels import ops
 from parallel.context import Exchange, all_to_all, traffic
 
-# Time of one scored pair and head, forward and backward: 3.33 ms for the 2^27 pairs of 128K queries on an H100
-# (docs/benchmarks.md).
-_SECONDS_PER_PAIR = 25e-12
+# Time of one product of a scored pair, forward and backward: 3.33 ms for the 2^27 pairs of 128K queries of 128 numbers
+# on an H100 (docs/benchmarks.md).
+_SECONDS_PER_PRODUCT = 3.33e-3 / 2**27 / 128
 # What a GPU receives from another node: half of 400 Gb/s.
 _BYTES_PER_SECOND = 25e9
 
@@ -60,7 +60,7 @@ def balancing_pays(*, length: int, ranks: int, chunk_size: int, top_k: int, retr
         return False
     count = handed_over(length, chunk_size, ranks)[0]
     end = ranks * length
-    saved = scored_pairs(end - count, end, chunk_size) * _SECONDS_PER_PAIR
+    saved = scored_pairs(end - count, end, chunk_size) * retrieval_size * _SECONDS_PER_PRODUCT
     # The last rank gets ids and scores, then the gradients of its queries.
     return saved > count * (8 * top_k + 4 * retrieval_size) / _BYTES_PER_SECOND
 

@@ -10,10 +10,10 @@ import json
 import sys
 from typing import Any
 
-from parallel.mesh import check_topology
 from parallel.model_config import ModelConfig, ParameterCount, count_parameters
 from parallel.optional import describe
 from pretrain.recipe import Recipe, StageConfig, load_recipe
+from pretrain.topology import check_stage
 
 EXAMPLE = "hsa plan 8b-a1b --gpus 256"
 
@@ -147,16 +147,8 @@ def main(args: argparse.Namespace) -> int:
     loaded = load_recipe(args.recipe, args.overrides, clashes_are_errors=False)
     recipe = loaded.recipe
     gpus = args.gpus or recipe.slurm.world_size
-    model = recipe.model
-    check_topology(
-        recipe.parallel,
-        gpus,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_experts=model.num_experts,
-        key_value_heads=model.shared_heads(),
-        vocab_size=model.vocab_size,
-    )
+    for stage in recipe.stages:
+        check_stage(recipe, stage, gpus)
     for warning in loaded.warnings:
         print(f"hsa: warning: {warning}", file=sys.stderr)
     planned = plan(recipe, gpus=gpus, mfu=args.mfu, peak_tflops=args.peak_tflops)

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.mesh import check_micro_batches, check_topology, launched_rank, launched_world_size, resolve_device
+from parallel.mesh import launched_rank, launched_world_size, resolve_device
 from parallel.optional import describe
 from pretrain.errors import RecipeError
 from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_batch, load_recipe
 from pretrain.run_dir import RunDir, check_resume
 from pretrain.signals import StopRequest
 from pretrain.stages import Position, StageController
+from pretrain.topology import check_stage
 
 MAX_SKIPPED_UPDATES = 10
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped cleanly, wants to be started again
@@ -85,29 +86,14 @@ def check_input(recipe: Recipe, world_size: int) -> None:
     from data_pipeline.lanes import open_stream
     from data_pipeline.tokenizer import load_tokenizer
 
-    model, parallel = recipe.model, recipe.parallel
     for stage in recipe.stages:
-        data_parallel = check_topology(
-            parallel,
-            world_size,
-            num_layers=model.num_layers,
-            num_heads=model.num_heads,
-            num_experts=model.num_experts,
-            key_value_heads=model.shared_heads(),
-            vocab_size=model.vocab_size,
-            context_length=stage.context,
-            chunk_size=model.chunk_size,
-            lanes=recipe.data.lanes,
-            batch=recipe.stage_batch(stage),
-        )
-        micro_batch = effective_micro_batch(recipe, stage, data_parallel)
-        check_micro_batches(parallel, recipe.stage_batch(stage) // data_parallel // micro_batch, stage.name)
+        check_stage(recipe, stage, world_size)
     resolve_device(recipe.device)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.vocab_size > recipe.model.vocab_size:
         raise RecipeError(
             f"data.tokenizer: {recipe.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
-            f"{model.vocab_size}: use the preset's own tokenizer, or set model.vocab_size"
+            f"{recipe.model.vocab_size}: use the preset's own tokenizer, or set model.vocab_size"
         )
     for stage in recipe.stages:
         open_stream(recipe.data, **stream_arguments(recipe, stage, lane_ids=range(recipe.data.lanes))).close()

@@ -148,23 +148,11 @@ def check_ranks(recipe: Any, jobs: Sequence[StageJob]) -> None:
 
     Raises TopologyError or RecipeError (both ValueError) that names the stage.
     """
-    from parallel.mesh import check_topology
-    from pretrain.recipe import effective_micro_batch
+    from pretrain.topology import check_stage
 
     for job, stage in zip(jobs, recipe.stages, strict=True):
-        try:
-            data_parallel = check_topology(
-                recipe.parallel,
-                job.slurm.world_size,
-                context_length=stage.context,
-                chunk_size=recipe.model.chunk_size,
-                lanes=recipe.data.lanes,
-                batch=recipe.stage_batch(stage),
-            )
-            effective_micro_batch(recipe, stage, data_parallel)
-        except ValueError as error:
-            ranks = f"{job.slurm.nodes} nodes x {job.slurm.tasks_per_node} ranks"
-            raise type(error)(f'stage "{stage.name}" on {ranks}: {error}') from error
+        where = f"{job.slurm.nodes} nodes x {job.slurm.tasks_per_node} ranks"
+        check_stage(recipe, stage, job.slurm.world_size, where)
 
 
 def dry_run(jobs: Sequence[StageJob]) -> str:

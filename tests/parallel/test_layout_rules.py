@@ -132,7 +132,7 @@ def test_work_between_start_and_wait_runs_while_the_exchange_is_under_way():
     [
         (dict(tensor=2, sequence=False), 2, dict(num_experts=4), ["parallel.sequence=false", "experts"]),
         (dict(tensor=4), 4, dict(key_value_heads={"hsa_kv_heads": 3}), ["model.hsa_kv_heads=3", "3 or 6"]),
-        (dict(tensor=4), 4, dict(vocab_size=1002), ["1002 tokens of vocabulary", "3 or 6"]),
+        (dict(tensor=4), 4, dict(widths={"vocab_size": 1002}), ["model.vocab_size=1002", "3 or 6"]),
         (dict(tensor=3), 3, dict(context_length=64), ["64 tokens", "tensor 3", "63 or 66"]),
     ],
 )
@@ -144,6 +144,6 @@ def test_a_model_that_cannot_be_split_is_refused(sizes, ranks, facts, words):
 
 
 def test_interleaving_wants_whole_rounds_of_micro_batches():
-    check_micro_batches(ParallelConfig(pipeline=2, virtual_pipeline=2), 4, "first")
-    with pytest.raises(TopologyError, match="first: 3 micro-batches.*2 or 4"):
-        check_micro_batches(ParallelConfig(pipeline=2, virtual_pipeline=2), 3, "first")
+    check_micro_batches(ParallelConfig(pipeline=2, virtual_pipeline=2), 4)
+    with pytest.raises(TopologyError, match="3 micro-batches.*2 or 4"):
+        check_micro_batches(ParallelConfig(pipeline=2, virtual_pipeline=2), 3)

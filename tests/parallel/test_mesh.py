@@ -20,7 +20,7 @@ def test_data_parallel_size():
 @pytest.mark.parametrize(
     ("sizes", "ranks", "facts", "words"),
     [
-        (dict(tensor=3), 8, {}, ["tensor 3", "8 ranks", "6 or 9"]),
+        (dict(tensor=3), 8, {}, ["tensor 3", "8 ranks", "6 or 9", "2 or 4"]),
         (dict(expert=3), 8, {}, ["parallel.expert=3", "8 ranks", "2 or 4"]),
         (dict(expert=4), 8, dict(num_experts=6), ["expert", "6 experts", "3 or 6"]),
         (dict(expert=2), 2, dict(num_experts=0), ["no experts"]),

@@ -64,6 +64,58 @@ def test_impossible_parallel_size(train, override, words):
     assert all(word in message for word in words), message
 
 
+# One layout that cannot be for every fact of ranks, model, data and stage: ranks, overrides, and the words that say
+# which numbers clash and what works. The model is the large preset.
+IMPOSSIBLE = {
+    "product": (24, ["parallel.tensor=16"], ["tensor 16", "does not divide 24 ranks", "16 or 32", "12 or 24"]),
+    "experts": (64, ["parallel.expert=32", "model.num_experts=48"], ["48 experts", "24 or 48"]),
+    "ranks by experts": (64, ["parallel.expert=48"], ["parallel.expert=48", "64 ranks", "32 or 64"]),
+    "layers": (64, ["parallel.pipeline=32", "parallel.expert=1"], ["32", "30 layers", "30"]),
+    "layers of virtual stages": (
+        32, ["parallel.pipeline=16", "parallel.virtual_pipeline=2", "parallel.expert=1"], ["32", "30 layers", "30"],
+    ),
+    "query heads": (64, ["parallel.tensor=32"], ["16 query heads", "16"]),
+    "key/value heads": (
+        8, ["parallel.tensor=8", "model.num_heads=24", "model.swa_kv_heads=6"],
+        ["parallel.tensor=8", "model.swa_kv_heads=6", "6 or 12"],
+    ),
+    "width": (8, ["parallel.tensor=8", "model.ffn_hidden_size=3332"], ["model.ffn_hidden_size=3332", "7 or 14"]),
+    "vocabulary": (8, ["parallel.tensor=8", "model.vocab_size=100356"], ["model.vocab_size=100356", "6 or 12"]),
+    "context": (
+        8, ["parallel.context=8", "stages.warmup.context=16448"], ["16448", "whole chunks of 64", "16384 or 16896"],
+    ),
+    "sequence": (1, ["parallel.sequence=true"], ["parallel.sequence=true", "parallel.tensor"]),
+    "experts without sequence": (
+        2, ["parallel.tensor=2", "parallel.sequence=false", "parallel.expert=1"],
+        ["parallel.sequence=false", "experts"],
+    ),
+    "lanes": (48, [], ["data.lanes=256", "size 48", "32 or 64"]),
+    "batch": (1, ["stages.long.batch=500"], ["stages.long.batch", "500", "512"]),
+    "micro-batch": (64, ["stages.long.micro_batch=3"], ["stages.long.micro_batch", "3", "1, 2, 4, 8"]),
+    "rounds of micro-batches": (
+        256, ["parallel.pipeline=4", "parallel.virtual_pipeline=2", "stages.long.micro_batch=4"],
+        ['stage "long"', "2 micro-batches", "parallel.pipeline=4", "4"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_a_plan_refuses_what_no_ranks_can_run(capsys, case):
+    ranks, overrides, words = IMPOSSIBLE[case]
+    message = refused(capsys, "plan", "8b-a1b", *overrides, "--gpus", ranks)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_a_plan_refuses_is_not_submitted(capsys, case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ranks, overrides, words = IMPOSSIBLE[case]
+    message = refused(capsys, "submit", "8b-a1b", *overrides, f"slurm.nodes={ranks}", "slurm.gpus_per_node=1")
+    assert all(word in message for word in words), message
+    assert "stages." in message or f"{ranks} nodes x 1 ranks" in message
+    assert not list(tmp_path.iterdir())
+
+
 def test_ranks_that_cannot_share_the_lanes(tiny_recipe, hsa, tmp_path):
     done = hsa("train", tiny_recipe, "--run-dir", tmp_path / "run", ranks=3)
     assert done.returncode != 0 and "data.lanes" in done.stderr and "2" in done.stderr

@@ -1,0 +1,32 @@
+"""Whether a recipe can run on a number of ranks: one check for `hsa plan`, `hsa submit` and `hsa train`."""
+
+from __future__ import annotations
+
+from parallel.mesh import check_micro_batches, check_topology
+from pretrain.recipe import Recipe, StageConfig, effective_micro_batch
+
+
+def check_stage(recipe: Recipe, stage: StageConfig, world_size: int, where: str | None = None) -> None:
+    """Refuse sizes that cannot be: TopologyError or RecipeError (both ValueError, exit status 2) that names the stage,
+    the numbers that clash and the nearest that work. `where`: the ranks in the caller's words.
+    """
+    model, batch = recipe.model, recipe.stage_batch(stage)
+    try:
+        data_parallel = check_topology(
+            recipe.parallel,
+            world_size,
+            num_layers=model.num_layers,
+            num_heads=model.num_heads,
+            num_experts=model.num_experts,
+            key_value_heads=model.shared_heads(),
+            widths=model.split_widths(),
+            context_length=stage.context,
+            chunk_size=model.chunk_size,
+            lanes=recipe.data.lanes,
+            batch=batch,
+        )
+        micro_batch = effective_micro_batch(recipe, stage, data_parallel)
+        check_micro_batches(recipe.parallel, batch // data_parallel // micro_batch)
+    except ValueError as error:
+        where = where or f"{world_size} rank{'s' if world_size > 1 else ''}"
+        raise type(error)(f'stage "{stage.name}" on {where}: {error}') from error
