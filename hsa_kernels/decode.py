@@ -70,7 +70,7 @@ def select(q_select: Tensor, landmarks: Tensor, visible: Tensor, *, top_k: int) 
     ids, weights = scratch(batch, heads, padded, dtype=torch.int32), scratch(batch, heads, padded)
     kernels.scan_kernel[(triton.cdiv(capacity, block), rows)](
         q_select, landmarks, visible, scores, maxima, count, 1.0 / math.sqrt(dim), capacity, groups,
-        *q_select.stride(), *landmarks.stride(), HEADS=heads, DR=dim, BLOCK=block, GROUP=group,
+        *q_select.stride(), *landmarks.stride(), HEADS=heads, DR=dim, BD=min(dim, 128), BLOCK=block, GROUP=group,
     )  # fmt: skip
     kernels.bound_kernel[(rows,)](
         maxima, bound, groups, TOPK=top_k, GROUPS=triton.next_power_of_2(groups), num_warps=8 if groups > 1024 else 4

@@ -17,7 +17,7 @@ def scan_kernel(
     scale, capacity, groups,
     stride_qb, stride_qh, stride_qd,
     stride_lb, stride_lc, stride_lh, stride_ld,
-    HEADS: tl.constexpr, DR: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    HEADS: tl.constexpr, DR: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Scores (B * H, capacity) of all visible landmarks and the maximum of every GROUP of them."""
     bh = tl.program_id(1).to(tl.int64)
@@ -28,12 +28,15 @@ def scan_kernel(
         tl.store(COUNT + bh, 0)
     visible = tl.load(VISIBLE + b)
     chunk = pid * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, DR)
     seen = chunk < visible
-    q = tl.load(Q + b * stride_qb + h * stride_qh + d * stride_qd).to(tl.float32)
-    at = LM + b * stride_lb + h * stride_lh + chunk[:, None].to(tl.int64) * stride_lc + d[None, :] * stride_ld
-    lm = tl.load(at, mask=seen[:, None], other=0.0).to(tl.float32)
-    score = tl.sum(lm * q[None, :], 1) * scale
+    row = LM + b * stride_lb + h * stride_lh + chunk[:, None].to(tl.int64) * stride_lc
+    score = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in tl.static_range(0, DR, BD):  # a whole row of a long landmark does not fit the registers
+        d = start + tl.arange(0, BD)
+        q = tl.load(Q + b * stride_qb + h * stride_qh + d * stride_qd).to(tl.float32)
+        lm = tl.load(row + d[None, :] * stride_ld, mask=seen[:, None], other=0.0).to(tl.float32)
+        score += tl.sum(lm * q[None, :], 1)
+    score = score * scale
     tl.store(SCORES + bh * capacity + chunk, score, mask=seen)
     key = tl.where(seen, order(score), -2147483648)
     best = tl.max(tl.reshape(key, (BLOCK // GROUP, GROUP)), 1)
