@@ -173,21 +173,21 @@ def measure_prefill(case: Case, lengths: list[int], args: argparse.Namespace) ->
     engine, sizes = case.engine, case.sizes
     (until,) = parse_lengths(args.full_until)
     rate = matmul_rate(case.model)
-    _timed(engine, lambda: engine.prefill(_tokens(case, engine.segment * 2 + engine.segment // 2)))  # compiles
+    _timed(engine, _tokens(case, engine.segment * 2 + engine.segment // 2))  # compiles
     records = []
     for length in lengths:
         tokens = _tokens(case, length)
         if engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = _timed(engine, lambda tokens=tokens: engine.prefill(tokens))
+        seconds = _timed(engine, tokens)
         record: dict[str, Any] = {"bench": "prefill", "length": length, "seconds": seconds}
         record["seconds_per_million"] = seconds / length * 2**20
         # Scores and sums of a causal pass over every layer, at the rate of this machine's own matrix products.
         record["dense_attention_floor"] = 2 * length**2 * sizes.num_heads * sizes.head_dim * sizes.num_layers / rate
         if length <= until:
             engine.full_prefill = True
-            _timed(engine, lambda tokens=tokens: engine.prefill(tokens))
-            record["full_seconds"] = _timed(engine, lambda tokens=tokens: engine.prefill(tokens))
+            _timed(engine, tokens)
+            record["full_seconds"] = _timed(engine, tokens)
             engine.full_prefill = False
         if engine.device.type == "cuda":
             record["peak_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
@@ -203,11 +203,12 @@ def measure_prefill(case: Case, lengths: list[int], args: argparse.Namespace) ->
     return records
 
 
-def _timed(engine: InferenceEngine, work: Callable[[], Any]) -> float:
+def _timed(engine: InferenceEngine, prompt: torch.Tensor) -> float:
+    """Seconds of one prompt, read from nothing."""
     engine.reset()
     _wait(engine.device)
     started = time.perf_counter()
-    work()
+    engine.prefill(prompt)
     _wait(engine.device)
     return time.perf_counter() - started
 
