@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-TASKS = ("niah_single", "niah_multikey", "niah_multiquery", "variable_tracking", "copy", "frequent_words")
+TASKS = (
+    "niah_single",
+    "niah_multikey",
+    "niah_multiquery",
+    "variable_tracking",
+    "copy",
+    "frequent_words",
+    "recall",
+    "niah_needles",
+)
 """Synthetic tasks in the order of their domain ids (which follow the ids of the mix's domains)."""
+
+TRAINING_ONLY = ("recall",)
+"""Tasks that evaluation does not ask: their questions are not all at the end."""
 
 
 DEFAULT_TASKS = {
@@ -47,9 +59,9 @@ class SyntheticConfig:
     log-uniform lengths from there up to the context (in tokens, whole chunks; a task that does not fit is drawn
     again). digits: length of a number. keys: needles of ``niah_multikey`` and ``niah_multiquery``. queries: how many
     of them ``niah_multiquery`` asks for. hops: assignments after the first in ``variable_tracking``. copy_random:
-    share of ``copy`` samples made of random tokens instead of text. templates: wordings, see
-    ``synthetic.build_sample``. *_weight: loss weight of natural text (haystacks included), of the copied half, of
-    answers.
+    share of ``copy`` samples made of random tokens instead of text. templates: wordings, see ``wordings.py``: ``train``
+    (three) or ``wide`` (a grammar with kinds of keys and values, which ignores ``digits``). *_weight: loss weight of
+    natural text (haystacks included), of the copied half, of answers.
     """
 
     rate: float = 0.01
@@ -72,10 +84,11 @@ class DataConfig:
 
     tokenizer: a ``tokenizer.json`` or the folder that holds it. mix: the default mix; mixes: named mixes that a stage
     can choose. held_out: text or JSONL file for perplexity, never trained on. lanes: number of lanes N, constant for
-    the run. prefetch: batches that the reader process prepares ahead; 0 reads inside the training process. packing:
-    ``split`` fills a sequence with what comes next, ``best_fit`` with the document that fits best among
-    ``packing_buffer`` ones per lane, so that fewer are cut. unreadable: ``stop`` at a document that cannot be read, or
-    ``skip`` it; it is named and counted.
+    the run. prefetch: batches that a reader process prepares ahead; 0 reads inside the training process. readers: such
+    processes per rank, which share its lanes; batches do not depend on their number. packing: ``split`` fills a
+    sequence with what comes next, ``best_fit`` with the document that fits best among ``packing_buffer`` ones per lane,
+    so that fewer are cut. unreadable: ``stop`` at a document that cannot be read, or ``skip`` it; it is named and
+    counted.
     """
 
     tokenizer: str = "???"
@@ -85,6 +98,7 @@ class DataConfig:
     held_out: str | None = None
     lanes: int = 8
     prefetch: int = 2
+    readers: int = 1
     packing: str = "split"
     packing_buffer: int = 32
     unreadable: str = "stop"

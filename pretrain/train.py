@@ -381,17 +381,22 @@ class Training:
     def _stream(self, stage: StageConfig) -> Iterator[Any]:
         """This rank's lanes of the stage's batches, at the position where training stands."""
         from data_pipeline.lanes import open_stream
-        from data_pipeline.prefetch import PrefetchingStream
+        from data_pipeline.readers import SharedReaders
         from parallel import mesh
 
-        lanes, ranks, rank = self.recipe.data.lanes, mesh.data_size(), mesh.data_rank()
-        stream: Any = open_stream(
-            self.recipe.data, **stream_arguments(self.recipe, stage, lane_ids=range(rank, lanes, ranks))
-        )
-        if self.lanes is not None:
-            stream.load_state_dict(self.lanes)
-        if self.recipe.data.prefetch:
-            stream = PrefetchingStream(stream, depth=self.recipe.data.prefetch)
+        data, ranks, rank = self.recipe.data, mesh.data_size(), mesh.data_rank()
+        lane_ids = range(rank, data.lanes, ranks)
+
+        def open_lanes(ids: Any) -> Any:
+            return open_stream(data, **stream_arguments(self.recipe, stage, lane_ids=ids))
+
+        stream: Any
+        if data.prefetch:
+            stream = SharedReaders(open_lanes, lane_ids, data.readers, data.prefetch).start(self.lanes)
+        else:
+            stream = open_lanes(lane_ids)
+            if self.lanes is not None:
+                stream.load_state_dict(self.lanes)
         self.micro_batch = effective_micro_batch(self.recipe, stage, ranks)
         try:
             yield stream

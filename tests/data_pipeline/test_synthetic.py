@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.config import TASKS
+from data_pipeline.config import TASKS, TRAINING_ONLY
 from data_pipeline.errors import DataError
-from data_pipeline.synthetic import SampleTooShort, answer_text, build_sample, random_number, random_word, score
+from data_pipeline.synthetic import SampleTooShort, answer_text, build_sample, score
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from data_pipeline.wordings import random_number, random_word
 from data_pipeline.words import QUALITIES, WORDS
 
 LENGTH = 512
@@ -29,8 +30,8 @@ class Text:
         return np.resize(self.ids, n)
 
 
-@pytest.mark.parametrize("templates", ["train", "plain", "eval"])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("templates", ["train", "plain", "eval", "wide"])
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in TRAINING_ONLY])
 def test_sample_is_prompt_answer_eos(tokenizer: Tokenizer, task: str, templates: str) -> None:
     for seed in range(15):
         text = Text(tokenizer)
@@ -43,7 +44,7 @@ def test_sample_is_prompt_answer_eos(tokenizer: Tokenizer, task: str, templates:
         generated = sample.tokens[sample.prompt_length :].tolist()
         assert score(sample, tokenizer, generated)
         assert score(sample, tokenizer, [*generated, 77, 78])  # what follows the end does not count
-        wrong = [*generated[:2], generated[2] + 1, *generated[3:]]
+        wrong = [*generated[:-2], generated[-2] + 1, generated[-1]]
         assert not score(sample, tokenizer, wrong) and not score(sample, tokenizer, [])
         assert len(text.calls) == (0 if task == "copy" and not sample.text_mask.any() else 1)
         again = build_sample(task, np.random.default_rng(seed), tokenizer, Text(tokenizer), LENGTH, templates=templates)

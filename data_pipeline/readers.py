@@ -1,0 +1,76 @@
+"""Several reader processes for one rank: each prefetches the batches of some of its lanes.
+
+Lanes do not know of each other, so the batches are the same for any number of readers. Worth it where samples are
+expensive to make (synthetic ones, a fast model); text alone needs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from data_pipeline.batch import PackedBatch
+from data_pipeline.lanes import BatchStream
+from data_pipeline.prefetch import PrefetchingStream
+
+
+class SharedReaders:
+    """`PrefetchingStream` of a rank's lanes, read by up to ``readers`` processes; the same interface.
+
+    open_lanes: opens the `BatchStream` of the lanes it is given.
+    """
+
+    def __init__(
+        self, open_lanes: Callable[[Sequence[int]], BatchStream], lane_ids: Sequence[int], readers: int, depth: int
+    ) -> None:
+        ids = sorted(lane_ids)
+        count = min(readers, len(ids))
+        edges = [i * len(ids) // count for i in range(count + 1)]
+        self._open = open_lanes
+        self._parts = [ids[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        self._depth = depth
+        self._streams: list[PrefetchingStream] = []
+
+    def start(self, state: dict[Any, dict[str, Any]] | None) -> SharedReaders:
+        """Begin to read, from ``state`` on if there is one."""
+        for part in self._parts:
+            stream = self._open(part)
+            if state is not None:
+                stream.load_state_dict(state)
+            self._streams.append(PrefetchingStream(stream, depth=self._depth))
+        return self
+
+    @property
+    def domain_names(self) -> list[str]:
+        """Names of the ids in ``PackedBatch.domains``."""
+        return self._streams[0].domain_names
+
+    def next_batch(self) -> PackedBatch:
+        """The next batch of all lanes, in ascending order."""
+        batches = [stream.next_batch() for stream in self._streams]
+        if len(batches) == 1:
+            return batches[0]
+        names = vars(batches[0])
+        return PackedBatch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Position of all lanes after the last batch that was handed out."""
+        state: dict[str, dict[str, Any]] = {}
+        for stream in self._streams:
+            state.update(stream.state_dict())
+        return state
+
+    def skipped(self) -> dict[str, int]:
+        """Documents that could not be read and were skipped, by shard file."""
+        counts: dict[str, int] = {}
+        for stream in self._streams:
+            for file, documents in stream.skipped().items():
+                counts[file] = counts.get(file, 0) + documents
+        return counts
+
+    def close(self) -> None:
+        """End the reader processes."""
+        for stream in self._streams:
+            stream.close()

@@ -1,0 +1,106 @@
+"""Training samples with many facts and many questions: dense supervision of retrieval.
+
+One question per sample teaches with a dozen tokens out of thousands. Here facts in the wordings of ``wide`` lie in
+text, single, in groups worded alike, as chains of variables or, in one sample of five, as a long list; questions about
+them come at any place behind their fact, each closed by its answer and an end-of-document token, and the text goes on
+after that. The last question ends the sample, so that it looks like every other task's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.wordings import Facts, variable_facts, wide_keys, wide_values, wide_wording
+
+_FACT_TOKENS = 96  # at most one fact per so many tokens
+_LIST_TOKENS = 40  # and this in a list
+_LISTS = 0.2  # share of samples that are mostly one list
+_CHAINS = 0.3  # share of groups that are chains of variables
+_ASKED = 0.8  # share of facts that are asked for
+_AT_ONCE = 0.1  # share of questions that follow their fact directly
+_FILL, _FILL_LIST = 0.6, 0.9  # largest share of the sample that facts and questions take
+
+
+@dataclass
+class Event:
+    """A piece of a sample. time: 0 (start) to 1 (end). tokens int32; answer: how many at its end are answer and eos."""
+
+    time: float
+    tokens: np.ndarray
+    answer: int = 0
+
+
+def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -> list[Event]:
+    """Facts and questions for a sample of ``length`` tokens in order of time, the last a question at time 1; empty
+    when not even one fact fits."""
+    as_list = length >= 512 and rng.random() < _LISTS
+    most = max(1, length // (_LIST_TOKENS if as_list else _FACT_TOKENS))
+    count = most if as_list else math.floor(math.exp(rng.uniform(0.0, math.log(most + 1))))
+    limit = (_FILL_LIST if as_list else _FILL) * length
+    events: list[Event] = []
+    used = facts = 0
+    refused = 0
+    while facts < count and refused < 6:
+        group = _group(rng, tokenizer, count - facts, as_list)
+        size = sum(len(event.tokens) for event in group)
+        if used + size > limit:
+            if events:
+                break
+            count, refused = max(1, int(0.9 * count * limit / size)), refused + 1
+            continue
+        events += group
+        used += size
+        facts += sum(not event.answer for event in group)
+        if as_list:
+            break
+    questions = [event for event in events if event.answer]
+    if not questions:
+        return []
+    max(questions, key=lambda event: event.time).time = 1.0
+    events.sort(key=lambda event: event.time)
+    last = max(i for i, event in enumerate(events) if event.answer)
+    return events[: last + 1]
+
+
+def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: bool) -> list[Event]:
+    """Facts worded alike with their questions; every question stands behind its facts in the list and in time."""
+    if not as_list and rng.random() < _CHAINS:
+        return _chain(rng, tokenizer)
+    needle, one, several = wide_wording(rng)
+    count = left if as_list else 1 if rng.random() < 0.4 else min(left, int(rng.integers(2, 9)))
+    keys, values = wide_keys(rng, count), wide_values(rng, count)
+    times = rng.random(count) * (0.9 if as_list else 1.0)
+    asked = rng.random(count) < (min(_ASKED, 12 / count) if as_list else _ASKED)
+    asked[int(rng.integers(count))] = True
+    events: list[Event] = []
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        events.append(Event(times[i], tokenizer.encode_words(needle.format(key=key, value=value))))
+        if not asked[i]:
+            continue
+        also = int(rng.integers(i)) if i and rng.random() < 0.3 else None
+        if also is None:
+            question, answer, after = one.format(key=key), f" {value}", times[i]
+        else:
+            first, second = (i, also) if rng.random() < 0.5 else (also, i)
+            question = several.format(keys=f"{keys[first]} and {keys[second]}")
+            answer, after = f" {values[first]} and {values[second]}", max(times[i], times[also])
+        events.append(_question(rng, tokenizer, Facts([], question, answer), after))
+    return events
+
+
+def _chain(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
+    facts = variable_facts(rng, "wide", 0, int(rng.integers(1, 5)))
+    times = np.sort(rng.random(len(facts.needles)))
+    events = [Event(t, tokenizer.encode_words(n)) for t, n in zip(times.tolist(), facts.needles, strict=True)]
+    return [*events, _question(rng, tokenizer, facts, float(times[-1]))]
+
+
+def _question(rng: np.random.Generator, tokenizer: Tokenizer, facts: Facts, after: float) -> Event:
+    answer = np.append(tokenizer.encode_words(facts.answer), tokenizer.eos_id).astype(np.int32)
+    tokens = np.concatenate([tokenizer.encode_words(facts.question), answer])
+    time = after if rng.random() < _AT_ONCE else after + (1.0 - after) * float(rng.random())
+    return Event(time, tokens, len(answer))

@@ -1,0 +1,89 @@
+"""The grammar of training and what evaluation asks have no frame, noun or kind of value in common; recall samples."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from data_pipeline import wordings
+from data_pipeline.synthetic import SampleTooShort, build_sample, needle_haystack
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.wordings import HELD_OUT_DIGITS, held_out_value, wide_values
+
+
+def frame(text: str) -> str:
+    """A wording without its noun, punctuation of the ends and case: what two wordings may not share."""
+    text = re.sub(r"\{noun\}s?|special \{noun\}s?", "N", text.replace("special ", ""))
+    return re.sub(r"\{(key|keys|name|other|value)\}", lambda m: m[0], text).strip(" .:\n").lower()
+
+
+def test_evaluation_shares_no_wording_with_training() -> None:
+    held_out = wordings._NUMBERS["eval"][0]
+    trained = {
+        "needle": {frame(t) for t in wordings.WIDE_NEEDLES},
+        "question": {frame(t) for t in wordings.WIDE_QUESTIONS},
+        "questions": {frame(t) for t in wordings.WIDE_SEVERAL},
+    }
+    for wording in (*wordings._NUMBERS["train"],):
+        assert wording.needle != held_out.needle
+    for part, frames in trained.items():
+        assert frame(getattr(held_out, part)) not in frames, part
+    assert not any("special" in noun for noun in wordings.WIDE_NOUNS)
+    first, then, question = wordings._VARIABLES["eval"][0]
+    for a, b in wordings.WIDE_VARIABLES:
+        assert frame(a) != frame(first) and frame(b) != frame(then)
+        assert "VAR" not in a + b
+    assert frame(question) not in {frame(t) for t in wordings.WIDE_CHAINS}
+
+
+def test_kinds_of_values_that_evaluation_asks_for_are_never_trained() -> None:
+    rng = np.random.default_rng(0)
+    number = re.compile(rf"\d{{{HELD_OUT_DIGITS}}}")
+    uuid = re.compile("-".join(f"[0-9a-f]{{{n}}}" for n in wordings.UUID))
+    hyphened = re.compile(r"[a-z]+-[a-z]+")
+    for value in [v for _ in range(4000) for v in wide_values(rng, 2)]:
+        assert not number.fullmatch(value) and not uuid.fullmatch(value)
+        assert not hyphened.fullmatch(value) or set(value) <= set("0123456789abcdef-")
+    for kind, pattern in (("number", number), ("word", hyphened), ("uuid", uuid)):
+        assert pattern.fullmatch(held_out_value(rng, kind, HELD_OUT_DIGITS))
+
+
+def text(n: int) -> np.ndarray:
+    return np.ones(n, dtype=np.int32)
+
+
+@pytest.mark.parametrize("length", [256, 1024, 2048])
+def test_recall_asks_after_the_fact_and_answers_right(tokenizer: Tokenizer, length: int) -> None:
+    """Every answer is said before its question, ends with eos, and only answers carry the answer's weight."""
+    answered = 0
+    for seed in range(40):
+        try:
+            sample = build_sample("recall", np.random.default_rng(seed), tokenizer, text, length, chunk_size=64)
+        except SampleTooShort:
+            assert length == 256
+            continue
+        assert sample.tokens.shape == (length,) and sample.tokens[-1] == tokenizer.eos_id
+        assert not (sample.answer_mask & sample.text_mask).any()
+        assert np.array_equal(sample.tokens == 1, sample.text_mask)
+        edges = np.flatnonzero(np.diff(np.r_[0, sample.answer_mask.astype(int), 0]))
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            assert sample.tokens[end - 1] == tokenizer.eos_id
+            before = tokenizer.decode(sample.tokens[:start])
+            for word in re.split(" and |, ", tokenizer.decode(sample.tokens[start : end - 1]).strip()):
+                assert word in before
+            answered += 1
+    assert answered > 40
+    again = build_sample("recall", np.random.default_rng(7), tokenizer, text, 1024)
+    other = build_sample("recall", np.random.default_rng(7), tokenizer, text, 1024, templates="wide")
+    assert np.array_equal(again.tokens, other.tokens)
+
+
+@pytest.mark.parametrize("values", wordings.VALUES)
+def test_a_haystack_of_needles_is_full_and_its_keys_differ(tokenizer: Tokenizer, values: str) -> None:
+    facts = needle_haystack(np.random.default_rng(1), tokenizer, 20000, templates="eval", digits=7, values=values)
+    used = sum(len(tokenizer.encode_words(needle)) for needle in facts.needles)
+    assert 20000 - 0.1 * 20000 < used <= 20000
+    keys = [re.search(r" for (.*) is: ", needle)[1] for needle in facts.needles]  # type: ignore[index]
+    assert len(set(keys)) == len(keys) and keys[0] in facts.question and facts.answer.strip() in facts.needles[0]
