@@ -24,6 +24,7 @@ from data_pipeline.wordings import (
     TEMPLATES,
     VALUES,
     Facts,
+    ManyFacts,
     many_facts,
     number_facts,
     random_word,
@@ -182,25 +183,16 @@ def needle_haystack(
     templates: str,
     digits: int = 4,
     values: str = "number",
-) -> Facts:
-    """Needles with different keys that fill ``length`` tokens but for less than the longest of them; the question asks
-    for the first."""
-    sizes: list[int] = []
-    while True:  # how many needles fit is known once they are worded
-        state = rng.bit_generator.state
-        count = max(1, length // 12) if not sizes else int(0.98 * length * len(sizes) / sum(sizes))
-        facts = many_facts(rng, templates, digits, min(count, 256) if not sizes else count, values)
-        if sizes or count <= 256:
-            break
-        sizes = [len(tokenizer.encode_words(needle)) for needle in facts.needles]
+) -> ManyFacts:
+    """Needles with different keys, as many as fit into ``length`` tokens."""
+    state = rng.bit_generator.state
+    tried = many_facts(rng, templates, digits, min(256, max(1, length // 8)), values)
+    sizes = [len(tokenizer.encode_words(needle)) for needle in tried.needles]
+    if sum(sizes) < length:  # the same wording again, with as many keys as its size asks for
         rng.bit_generator.state = state
-    used = fitting = 0
-    for needle in facts.needles:
-        used += len(tokenizer.encode_words(needle))
-        if used > length:
-            break
-        fitting += 1
-    return Facts(facts.needles[: max(1, fitting)], facts.question, facts.answer)
+        tried = many_facts(rng, templates, digits, int(1.05 * length * len(sizes) / sum(sizes)) + 1, values)
+        sizes = [len(tokenizer.encode_words(needle)) for needle in tried.needles]
+    return tried.first(max(1, int(np.searchsorted(np.cumsum(sizes), length, side="right"))))
 
 
 def _fill_with_needles(
@@ -215,9 +207,8 @@ def _fill_with_needles(
     """A haystack of needles with the asked one at ``depth`` (None: anywhere)."""
     facts = needle_haystack(rng, tokenizer, length - 96, templates=templates, digits=digits, values=values)
     place = rng.random() if depth is None else depth
-    others = facts.needles[1:]
-    at = min(len(others), int(place * (len(others) + 1)))
-    return Facts([*others[:at], facts.needles[0], *others[at:]], facts.question, facts.answer)
+    asked = min(len(facts.needles) - 1, int(place * len(facts.needles)))
+    return Facts(facts.needles, facts.question(asked), " " + facts.values[asked])
 
 
 def _recall(

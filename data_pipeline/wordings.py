@@ -365,8 +365,26 @@ def number_facts(
     return Facts(needles, several.format(keys=" and ".join(names[:asked])), " " + " and ".join(held[:asked]))
 
 
-def many_facts(rng: np.random.Generator, templates: str, digits: int, count: int, values: str = "number") -> Facts:
-    """As `number_facts` with one key asked for, for any number of keys: they have three words each."""
+@dataclass(frozen=True)
+class ManyFacts:
+    """Needles with keys of three words, and how to ask for any of them."""
+
+    needles: list[str]
+    keys: list[str]
+    values: list[str]
+    asking: str
+
+    def first(self, count: int) -> ManyFacts:
+        """The first ``count`` of them."""
+        return ManyFacts(self.needles[:count], self.keys[:count], self.values[:count], self.asking)
+
+    def question(self, index: int) -> str:
+        """The question for needle ``index``."""
+        return self.asking.format(key=self.keys[index])
+
+
+def many_facts(rng: np.random.Generator, templates: str, digits: int, count: int, values: str = "number") -> ManyFacts:
+    """``count`` facts worded alike, for haystacks made of needles."""
     if templates == "wide":
         needle, one, _ = wide_wording(rng)
         held = wide_values(rng, count)
@@ -376,7 +394,7 @@ def many_facts(rng: np.random.Generator, templates: str, digits: int, count: int
         held = [held_out_value(rng, values, digits) for _ in range(count)]
     names = long_keys(rng, count)
     needles = [needle.format(key=k, value=v) for k, v in zip(names, held, strict=True)]
-    return Facts(needles, one.format(key=names[0]), " " + held[0])
+    return ManyFacts(needles, names, held, one)
 
 
 def variable_facts(rng: np.random.Generator, templates: str, digits: int, hops: int) -> Facts:

@@ -44,7 +44,7 @@ def flex_window(
             for i in range(0, length, _SEGMENT)
         ]
         return torch.cat(parts, 1)
-    # Keys out of reach go first: then the offset, a constant of the compiled mask, takes few values while streaming.
+    # Keys out of reach go first: then the offset takes few values while streaming, and block lists are found again.
     start, stop = max(0, key_offset - window + 1), key_offset + length
     k, v, key_offset = k[:, start:stop], v[:, start:stop], key_offset - start
     documents = documents if documents is None else documents[:, start:stop]
@@ -55,22 +55,24 @@ def flex_window(
         out = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=gqa)
         return out.transpose(1, 2).contiguous()
 
+    # Tensors, not numbers: a number would be a constant of the compiled kernel, compiled anew for every window.
+    reach, shift = _numbers(window, key_offset, q.device)
     if documents is None:
 
         def mask_mod(b, h, i, j):
-            p = i + key_offset
-            return (j <= p) & (j > p - window)
+            p = i + shift
+            return (j <= p) & (j > p - reach)
 
     else:
         docs = documents
 
         def mask_mod(b, h, i, j):
-            p = i + key_offset
-            return (j <= p) & (j > p - window) & (docs[b, p] == docs[b, j])
+            p = i + shift
+            return (j <= p) & (j > p - reach) & (docs[b, p] == docs[b, j])
 
     lists = _band(length, keys, window, key_offset, documents is None, q.device)
     mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, seq_lengths=(length, keys))
-    # Every window, offset and dtype is a specialisation of its own; the default limit of 8 is soon reached.
+    # Head counts, dtypes and with or without documents are specialisations; the default limit of 8 is soon reached.
     with torch._dynamo.config.patch(recompile_limit=256):
         out = _compiled()(qh, kh, vh, block_mask=mask, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2).contiguous()
@@ -79,6 +81,13 @@ def flex_window(
 @functools.cache
 def _compiled():
     return torch.compile(flex_attention)
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(window: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both as int32 scalars on the device."""
+    both = torch.tensor([window, offset], dtype=torch.int32, device=device)
+    return both[0], both[1]
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,14 +18,15 @@ from parallel.compat import (
     RowParallelLinear,
     SelfAttention,
     TransformerConfig,
-    apply_rotary_pos_emb,
     tensor_parallel,
 )
 from parallel.context import keep_in_graph, start_halo
+from parallel.fused import rotate
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
 from parallel.norm import RMSNorm
 from parallel.selection import select_chunks
+from parallel.shared_memory import SharedMemory
 from parallel.tensor import HeadLinear, whole_sequence
 
 
@@ -113,9 +114,8 @@ class SlidingWindowSelfAttention(SelfAttention):
         offset = k.shape[0] - q.shape[0]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            group = self.pg_collection.cp
-            q = apply_rotary_pos_emb(q, angles[offset : offset + q.shape[0]], self.config, cp_group=group)
-            k = apply_rotary_pos_emb(k, angles[: k.shape[0]], self.config, cp_group=group)
+            q = rotate(q, angles[offset : offset + q.shape[0]])
+            k = rotate(k, angles[: k.shape[0]])
             out = ops.sliding_window_attention(
                 q.transpose(0, 1),
                 k.transpose(0, 1),
@@ -184,7 +184,7 @@ class HierarchicalSparseAttention(MegatronModule):
     def forward(
         self,
         hidden_states: Tensor,
-        memory: ContextMemory | Callable[[], ContextMemory],
+        memory: ContextMemory | SharedMemory | Callable[[], ContextMemory],
         *,
         documents: Tensor | None = None,
         query_offset: int = 0,
@@ -197,6 +197,11 @@ class HierarchicalSparseAttention(MegatronModule):
         model = self.model
         q, retrieval = self.queries(whole_sequence(hidden_states, self.config, self.tp_group))
         wide = retrieval.dtype
+        if isinstance(memory, SharedMemory):
+            out = memory.read(
+                q.transpose(0, 1), retrieval.transpose(0, 1), top_k=self.schedule.top_k, query_offset=query_offset
+            )
+            return self.linear_proj(out.transpose(0, 1).flatten(2))[0]
         read = memory if isinstance(memory, ContextMemory) else memory()
 
         def attend(q: Tensor, retrieval: Tensor, k: Tensor, v: Tensor, landmarks: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
 from parallel.norm import RMSNorm
 from parallel.pipeline import join_payload, split_payload
+from parallel.shared_memory import SharedMemory
 from parallel.tensor import heads_of_rank
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -137,7 +138,7 @@ class DecoderLayer(TransformerLayer):
         hidden_states: Tensor,
         rotary_pos_emb: Tensor,
         *,
-        memory: ContextMemory | Callable[[], ContextMemory] | None = None,
+        memory: ContextMemory | SharedMemory | Callable[[], ContextMemory] | None = None,
         documents: Tensor | None = None,
         halo: KeysAndValues | None = None,
         query_offset: int = 0,

@@ -105,13 +105,10 @@ class Muon(torch.optim.Optimizer):
         momentum, lr = group["momentum"], group["lr"]
         # bfloat16 matmuls are fast and exact enough on a GPU; a CPU gains nothing from them.
         dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
-        directions = []
-        for parameter in parameters:
-            assert parameter.grad is not None
-            buffer = self.state[parameter]["momentum_buffer"]
-            buffer.lerp_(parameter.grad, 1 - momentum)
-            directions.append(parameter.grad.lerp(buffer, momentum).to(dtype))
-        stacked = torch.stack(directions)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        stacked = torch.stack(torch._foreach_lerp(grads, buffers, momentum)).to(dtype)
         if split is not None:
             # A matrix is made orthogonal as a whole. In which order the ranks' rows or columns come does not matter.
             assert self.tensor_group is not None
@@ -123,7 +120,6 @@ class Muon(torch.optim.Optimizer):
         if split is not None:
             assert self.tensor_group is not None
             updates = updates.chunk(self.tensor_group.size(), dim=split)[self.tensor_group.rank()]
-        for parameter, update in zip(parameters, updates, strict=True):
-            if group["weight_decay"]:
-                parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.add_(update.to(parameter.dtype), alpha=-scale)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-scale)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.compat import TransformerConfig
+from parallel.fused import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -23,5 +24,4 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return nn.functional.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).type_as(x)
+        return rms_norm(x, self.weight, self.eps)

@@ -84,7 +84,7 @@ def transformer_config(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=False,
+        bias_activation_fusion=torch.cuda.is_available() and not model.num_experts,  # compiled by Megatron
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

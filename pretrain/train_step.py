@@ -104,12 +104,11 @@ class TrainStep:
         weighted = (losses * weights).sum()
         with torch.no_grad():
             counted = weights > 0
-            self._sums[0] += weighted.double()
-            self._sums[1] += weights.double().sum()
-            domains = micro["domains"][counted].long()
-            if domains.numel():
-                self._sums[3::2].index_add_(0, domains, losses.detach()[counted].double())
-                self._sums[4::2].index_add_(0, domains, torch.ones_like(domains, dtype=torch.float64))
+            # One masked row per domain: picking the counted tokens out would make the host wait for the device.
+            ids = torch.arange(len(self.domains), device=losses.device)[:, None]
+            own = ((micro["domains"].flatten() == ids) & counted.flatten()).double()
+            self._sums[3::2] += own @ losses.detach().flatten().double()
+            self._sums[4::2] += own.sum(1)
         return weighted, counted.sum().to(torch.int), {}
 
     def _finalize(self, model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
@@ -119,6 +118,6 @@ class TrainStep:
         if parallel_state.get_tensor_model_parallel_rank() > 0:
             self._sums[:2] = self._sums[3:] = 0  # the same tokens as on the first of these ranks
         torch.distributed.all_reduce(self._sums)
-        scale = 1.0 / max(float(self._sums[1]), 1e-9)
+        scale = (1.0 / self._sums[1].clamp_min(1e-9)).float()  # stays on the device
         for chunk in model:
             chunk.scale_gradients(scale)

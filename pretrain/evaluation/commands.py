@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.wordings import VALUES
 from pretrain.errors import RecipeError, RunDirError
 from pretrain.evaluation.units import parse_lengths
 
 EXAMPLES = {
     "niah": "hsa eval niah runs/demo --lengths 1x,4x,16x,64x --depths 5 --samples 20\n"
+    "  hsa eval niah runs/h100-16m --lengths 4k,1m,16m --haystacks 4 --values number,word,uuid --templates eval\n"
     "  hsa eval niah runs/demo --lengths 1x --distance 8w --samples 100",
     "ruler": "hsa eval ruler runs/demo --lengths 4k,64k --tasks niah_multiquery,variable_tracking",
     "ppl": "hsa eval ppl runs/demo --lengths 1x,4x data.held_out=novel.txt",
@@ -48,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             one.add_argument("--samples", type=int, metavar="N", help="sequences per length (default: all that fit)")
             continue
         one.add_argument("--samples", type=int, default=20, metavar="N", help="questions per cell (default 20)")
+        one.add_argument(
+            "--haystacks",
+            type=int,
+            metavar="N",
+            help="read N texts per length and ask all questions of them, each an edit (default: a text per question)",
+        )
         one.add_argument("--seed", type=int, default=0, help="another seed asks other questions (default 0)")
         one.add_argument(
             "--templates",
@@ -56,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="wording of needles and questions: as in training, or one never trained on (default train)",
         )
         if kind == "niah":
+            one.add_argument(
+                "--values",
+                default="number",
+                metavar="V,V",
+                help=f"what needles hold: {', '.join(VALUES)} (default number)",
+            )
             one.add_argument("--depths", type=int, default=5, metavar="N", help="even steps from 0 to 1 (default 5)")
             one.add_argument(
                 "--distance",
@@ -174,7 +188,7 @@ def _top_k(text: str) -> int | None:
 
 def main(args: argparse.Namespace) -> int:
     """Run one evaluation; RecipeError, RunDirError and DataError for what the user can repair."""
-    for name in ("samples", "batch", "depths"):
+    for name in ("samples", "batch", "depths", "haystacks"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise RecipeError(f"--{name} is {value}: it must be at least 1")
@@ -211,6 +225,37 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _values(text: str) -> list[str]:
+    kinds = list(dict.fromkeys(part for part in text.replace(" ", ",").split(",") if part))
+    for kind in kinds or [text]:
+        if kind not in VALUES:
+            raise RecipeError(f"--values: {kind!r} is none of {', '.join(VALUES)}")
+    return kinds
+
+
+def _edit_options(data: Any, values: str = "number") -> dict[str, Any]:
+    """Options of `make_facts` from a recipe's data section."""
+    return {**{name: getattr(data.synthetic, name) for name in ("digits", "keys", "queries", "hops")}, "values": values}
+
+
+def _run_shared(args: argparse.Namespace, loaded: Loaded, hay: Any, asks: list[Any], lengths: list[int]) -> Any:
+    from pretrain.evaluation.shared import run_shared
+    from pretrain.shared_prompt import SharedPrompt
+
+    return run_shared(
+        SharedPrompt(loaded.engine),
+        loaded.model.tokenizer,
+        hay,
+        asks,
+        lengths=lengths,
+        haystacks=args.haystacks,
+        seed=args.seed,
+        templates=args.templates,
+        batch=args.batch,
+        progress=_say,
+    )
+
+
 def task_options(data: Any) -> dict[str, float]:
     """How synthetic samples of a recipe's data section look: the options of `build_sample`."""
     return {name: getattr(data.synthetic, name) for name in ("digits", "keys", "queries", "hops", "copy_random")}
@@ -221,24 +266,52 @@ _Outcome = tuple[dict[str, Any], str, Callable[[Path], Path]]  # JSON, table, fu
 
 def _niah(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outcome:
     from pretrain.evaluation import plots, report
+    from pretrain.evaluation.haystack import Haystack
     from pretrain.evaluation.heldout import load_held_out
     from pretrain.evaluation.niah import run_niah
+    from pretrain.evaluation.retrieval import depth_grid
+    from pretrain.evaluation.shared import Ask, together
 
     data = loaded.model.recipe.data
-    result = run_niah(
-        loaded.engine,
-        loaded.model.tokenizer,
-        load_held_out(data.held_out, loaded.model.tokenizer),
-        lengths=lengths,
-        depths=args.depths,
-        distances=parse_lengths(args.distance, context=loaded.context, window=loaded.window) if args.distance else (),
-        samples=args.samples,
-        seed=args.seed,
-        templates=args.templates,
-        options=task_options(data),
-        batch=args.batch,
-        progress=_say,
-    )
+    kinds = _values(args.values)
+    hay = Haystack(load_held_out(data.held_out, loaded.model.tokenizer))
+    if args.haystacks:
+        if args.distance:
+            raise RecipeError("--distance needs a text of its own for every question: leave out --haystacks")
+        asks = [
+            Ask(f"niah_single.{kind}", "niah_single", args.samples, depth_grid(args.depths), _edit_options(data, kind))
+            for kind in kinds
+        ]
+        results = list(_run_shared(args, loaded, hay, asks, lengths).values())
+    else:
+        results = [
+            run_niah(
+                loaded.engine,
+                loaded.model.tokenizer,
+                hay,
+                lengths=lengths,
+                depths=args.depths,
+                distances=parse_lengths(args.distance, context=loaded.context, window=loaded.window)
+                if args.distance
+                else (),
+                samples=args.samples,
+                seed=args.seed,
+                templates=args.templates,
+                options={**task_options(data), "values": kind},
+                batch=args.batch,
+                progress=_say,
+            )
+            for kind in kinds
+        ]
+    result = together(results, "niah_single")
+    if len(kinds) > 1:
+        value = {**result.to_json(), "values": {kind: r.to_json() for kind, r in zip(kinds, results, strict=True)}}
+        table = "\n\n".join(f"{kind}s\n{report.niah_table(r)}" for kind, r in zip(kinds, results, strict=True))
+        return (
+            value,
+            table,
+            lambda path: plots.needle_map(result, path, model=loaded.title, training_context=loaded.context),
+        )
     return (
         result.to_json(),
         report.niah_table(result),
@@ -248,23 +321,32 @@ def _niah(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outc
 
 def _ruler(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outcome:
     from pretrain.evaluation import plots, report
+    from pretrain.evaluation.haystack import Haystack
     from pretrain.evaluation.heldout import load_held_out
-    from pretrain.evaluation.ruler import parse_tasks, run_ruler
+    from pretrain.evaluation.ruler import TASK_OPTIONS, RulerResult, parse_tasks, run_ruler
+    from pretrain.evaluation.shared import Ask
 
     data = loaded.model.recipe.data
-    result = run_ruler(
-        loaded.engine,
-        loaded.model.tokenizer,
-        load_held_out(data.held_out, loaded.model.tokenizer),
-        tasks=parse_tasks(args.tasks),
-        lengths=lengths,
-        samples=args.samples,
-        seed=args.seed,
-        templates=args.templates,
-        options=task_options(data),
-        batch=args.batch,
-        progress=_say,
-    )
+    hay = Haystack(load_held_out(data.held_out, loaded.model.tokenizer))
+    tasks = parse_tasks(args.tasks)
+    if args.haystacks:
+        options = _edit_options(data)
+        asks = [Ask(t, t, args.samples, options={**options, **TASK_OPTIONS.get(t, {})}) for t in tasks]
+        result = RulerResult(_run_shared(args, loaded, hay, asks, lengths))
+    else:
+        result = run_ruler(
+            loaded.engine,
+            loaded.model.tokenizer,
+            hay,
+            tasks=tasks,
+            lengths=lengths,
+            samples=args.samples,
+            seed=args.seed,
+            templates=args.templates,
+            options=task_options(data),
+            batch=args.batch,
+            progress=_say,
+        )
     return (
         result.to_json(),
         report.ruler_table(result),

@@ -1,6 +1,7 @@
 """Needle in a haystack: the depth x length map, and the cheap probe used while training."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def run_niah(
     seed: int = 0,
     chunk_size: int = 1,
     templates: str = "train",
-    options: Mapping[str, float] | None = None,
+    options: Mapping[str, Any] | None = None,
     batch: int = 16,
     token_budget: int = TOKEN_BUDGET,
     progress: Progress | None = None,
@@ -66,7 +67,7 @@ def needle_accuracy(
     seed: int = 0,
     chunk_size: int = 1,
     templates: str = "train",
-    options: Mapping[str, float] | None = None,
+    options: Mapping[str, Any] | None = None,
     batch: int = 32,
     token_budget: int = TOKEN_BUDGET,
 ) -> Tally:

@@ -45,6 +45,7 @@ _TITLES = {
     "niah_multiquery": "Needles, 2 of 6 asked",
     "variable_tracking": "Variable tracking",
     "copy": "Copy",
+    "niah_needles": "Needle in a haystack of needles",
 }
 _WORDING = {"train": "wording as in training", "eval": "wording never trained on"}
 _LINES = ("#1f5fa8", "#d1662c", "#2f8f5b", "#8457a8", "#b23a48", "#5b6770", "#b58900")

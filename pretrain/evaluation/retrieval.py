@@ -56,6 +56,7 @@ class TaskResult:
     cells: list[Cell]
     haystack_tokens: int
     seconds: dict[int, float] = field(default_factory=dict)  # per length: building, prefill and generation
+    texts: int | None = None  # haystacks per length that the samples share; None: every sample has its own
 
     @property
     def lengths(self) -> list[int]:
@@ -82,6 +83,7 @@ class TaskResult:
             "seed": self.seed,
             "samples_per_cell": self.samples,
             "haystack_tokens": hay,
+            "haystacks_per_length": self.texts,
             "lengths": [
                 {
                     "length": n,
@@ -115,7 +117,7 @@ def run_task(
     seed: int = 0,
     chunk_size: int = 1,
     templates: str = "train",
-    options: Mapping[str, float] | None = None,
+    options: Mapping[str, Any] | None = None,
     batch: int = 16,
     token_budget: int = TOKEN_BUDGET,
     progress: Progress | None = None,
@@ -184,7 +186,7 @@ class _Builder:
     length: int
     chunk_size: int
     templates: str
-    options: Mapping[str, float]
+    options: Mapping[str, Any]
     entropy: list[int]
 
     def at_depth(self, depth: float | None) -> SyntheticSample:

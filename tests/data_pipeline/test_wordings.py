@@ -85,5 +85,6 @@ def test_a_haystack_of_needles_is_full_and_its_keys_differ(tokenizer: Tokenizer,
     facts = needle_haystack(np.random.default_rng(1), tokenizer, 20000, templates="eval", digits=7, values=values)
     used = sum(len(tokenizer.encode_words(needle)) for needle in facts.needles)
     assert 20000 - 0.1 * 20000 < used <= 20000
-    keys = [re.search(r" for (.*) is: ", needle)[1] for needle in facts.needles]  # type: ignore[index]
-    assert len(set(keys)) == len(keys) and keys[0] in facts.question and facts.answer.strip() in facts.needles[0]
+    assert len(set(facts.keys)) == len(facts.keys)
+    for i in (0, 7, len(facts.keys) - 1):
+        assert f" {facts.keys[i]} is: {facts.values[i]}." in facts.needles[i] and facts.keys[i] in facts.question(i)

@@ -1,0 +1,135 @@
+"""One context memory for many prompts that are equal but for a few places: chunks that differ are kept beside it.
+
+HSA knows no positions: a token reads the set of chunks that it chose, wherever they are stored. So prompts that share a
+long text share its chunks, and each prompt has an overlay, the chunks that an edit of its own has changed, which hide
+the shared ones of the same number.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hsa_kernels import ops
+from parallel.memory import ContextMemory
+
+_MOST_CANDIDATES = 128  # what the selection kernel can list
+_FEW_ROWS = 256  # up to so many queries plain matrix products are faster than the kernel
+_SCORE_BYTES = 1 << 31  # scores of the plain form held at a time
+
+
+class SharedMemory:
+    """Keys, values and landmarks of a shared text, with room for overlays.
+
+    ``capacity`` chunks can be appended with `append`, the first ``shared`` of which every prompt of `overlay` may read
+    unless it has replaced them.
+    """
+
+    def __init__(self, like: ContextMemory, capacity: int, room: int) -> None:
+        """Allocate ``capacity`` shared chunks and ``room`` overlay chunks of the sizes and dtype of ``like``."""
+        self.chunk_size = like.k.shape[1] // like.chunks
+        self.capacity = capacity
+        tokens = (capacity + room) * self.chunk_size
+        self.k = like.k.new_zeros(1, tokens, *like.k.shape[2:])
+        self.v = like.v.new_zeros(1, tokens, *like.v.shape[2:])
+        # Scores are computed in fp32 at least; converted once here, not at every read.
+        wide = torch.promote_types(like.landmarks.dtype, torch.float32)
+        self.landmarks = like.landmarks.new_zeros(1, capacity, *like.landmarks.shape[2:], dtype=wide)
+        self.chunks = 0
+        self.overlay(1, 0, room)
+
+    def append(self, new: ContextMemory) -> None:
+        """Add chunks (batch 1) of the shared text."""
+        start, end = self.chunks, self.chunks + new.chunks
+        part = slice(start * self.chunk_size, end * self.chunk_size)
+        self.k[:, part], self.v[:, part] = new.k, new.v
+        self.landmarks[:, start:end] = new.landmarks
+        self.chunks = end
+
+    def overlay(self, prompts: int, shared: int, size: int) -> None:
+        """Begin with ``prompts`` prompts that share the first ``shared`` chunks and have up to ``size`` more each."""
+        self.shared = shared
+        self.replaced = torch.zeros(prompts, shared, dtype=torch.bool, device=self.k.device)
+        self.numbers = torch.full((prompts, size), -1, dtype=torch.int64, device=self.k.device)
+        self.own = self.landmarks.new_zeros(prompts, size, *self.landmarks.shape[2:])
+        room = self.k.shape[1] // self.chunk_size - self.capacity
+        if prompts * size > room:
+            raise ValueError(f"{prompts} overlays of {size} chunks do not fit into room for {room}")
+
+    def put(self, prompt: Tensor, slot: Tensor, number: Tensor, new: ContextMemory) -> None:
+        """Give prompts chunks of their own. prompt, slot, number int64 (n,): whose, which place in its overlay, which
+        chunk of the text. new: (1, n) or (n, 1) chunks."""
+        size, heads = self.chunk_size, self.k.shape[2:]
+        place = self.capacity + prompt * self.numbers.shape[1] + slot
+        self.k.view(-1, size, *heads)[place] = new.k.reshape(-1, size, *heads)
+        self.v.view(-1, size, *heads)[place] = new.v.reshape(-1, size, *heads)
+        self.own[prompt, slot] = new.landmarks.reshape(-1, *self.own.shape[2:]).to(self.own.dtype)
+        self.numbers[prompt, slot] = number
+        hides = number < self.shared
+        self.replaced[prompt[hides], number[hides]] = True
+
+    def read(self, q: Tensor, retrieval: Tensor, *, top_k: int | None, query_offset: int) -> Tensor:
+        """HSA of all prompts: q (B, L, Hq, D), retrieval (B, L, Hr, Dr) fp32 of tokens query_offset .. -> like q."""
+        batch, length = q.shape[:2]
+        ids, scores = self._candidates(retrieval, top_k)
+        size = self.numbers.shape[1]
+        if size:
+            own = torch.einsum("blhd,bchd->blhc", retrieval, self.own) / math.sqrt(retrieval.shape[-1])
+            now = (torch.arange(length, device=q.device) + query_offset) // self.chunk_size
+            visible = (self.numbers >= 0)[:, None] & (self.numbers[:, None] < now[None, :, None])
+            own = own.masked_fill(~visible[:, :, None], -math.inf)
+            first = self.capacity + torch.arange(batch * size, device=q.device).view(batch, 1, 1, size)
+            ids = torch.cat((ids, first.expand(-1, length, ids.shape[2], -1)), dim=-1)
+            scores = torch.cat((scores, own), dim=-1)
+        keep = min(top_k or scores.shape[-1], scores.shape[-1])
+        scores, order = scores.topk(keep, dim=-1)
+        ids = ids.gather(-1, order).masked_fill(scores == -math.inf, -1)
+        ids = ids.int().flatten(0, 1)[None]
+        scores = scores.masked_fill(scores == -math.inf, 0.0).flatten(0, 1)[None]
+        weights = ops.selection_weights(scores, ids)
+        heads = self.k.shape[2]
+        if ids.shape[2] < heads:
+            ids, weights = (x.expand(-1, -1, heads, -1) for x in (ids, weights))
+        flat = q.flatten(0, 1)[None]
+        out = ops.hsa_attention(flat, self.k, self.v, weights, ids, chunk_size=self.chunk_size)
+        return out.view(q.shape)
+
+    def _candidates(self, retrieval: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
+        """Ids int64 and scores (B, L, Hr, n) of shared chunks that hold the best ones, -inf where replaced."""
+        batch, length, heads, _ = retrieval.shape
+        wanted = min(top_k or self.shared, self.shared)
+        hidden = int(self.replaced.sum(1).max()) if self.replaced.numel() else 0
+        listed = min(wanted + hidden, _MOST_CANDIDATES)
+        if batch * length <= _FEW_ROWS or listed >= self.shared or not retrieval.is_cuda:
+            return self._plain(retrieval, wanted)
+        ids, scores = ops.select_chunks(
+            retrieval.flatten(0, 1)[None],
+            self.landmarks[:, : self.shared],
+            top_k=listed,
+            chunk_size=self.chunk_size,
+            query_offset=self.shared * self.chunk_size,  # all of them lie in the past
+        )
+        ids = ids.view(batch, length, heads, listed).long()
+        prompt = torch.arange(batch, device=ids.device)[:, None, None, None]
+        gone = self.replaced[prompt, ids]
+        scores = scores.view(ids.shape).masked_fill(gone, -math.inf)
+        if wanted + hidden > listed and bool(((~gone).sum(-1) < wanted).any()):
+            return self._plain(retrieval, wanted)  # more of the best were replaced than could be listed
+        return ids, scores
+
+    def _plain(self, retrieval: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """`_candidates` by whole score matrices, some tokens at a time."""
+        batch, length, heads, dim = retrieval.shape
+        if not wanted:
+            shape = (batch, length, heads, 0)
+            return torch.zeros(shape, dtype=torch.int64, device=retrieval.device), retrieval.new_zeros(shape)
+        landmarks = self.landmarks[0, : self.shared].permute(1, 2, 0)  # (Hr, Dr, C)
+        step = max(1, _SCORE_BYTES // (4 * batch * heads * self.shared))
+        parts = []
+        for part in retrieval.split(step, dim=1):
+            scores = torch.matmul(part.permute(0, 2, 1, 3), landmarks).transpose(1, 2) / math.sqrt(dim)
+            scores = scores.masked_fill(self.replaced[:, None, None], -math.inf)
+            parts.append(scores.topk(wanted, dim=-1))
+        return torch.cat([p.indices for p in parts], 1), torch.cat([p.values for p in parts], 1)
