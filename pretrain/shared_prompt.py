@@ -42,7 +42,7 @@ class SharedPrompt:
     engine: for its model and settings. room: chunks that all prompts of one call may change together.
     """
 
-    def __init__(self, engine: InferenceEngine, room: int = 16384) -> None:
+    def __init__(self, engine: InferenceEngine, room: int = 32768) -> None:
         self.engine = engine
         self.model = engine.model
         self.chunk = engine.model.model.chunk_size

@@ -104,6 +104,8 @@ class TrainStep:
         weighted = (losses * weights).sum()
         with torch.no_grad():
             counted = weights > 0
+            self._sums[0] += weighted.double()
+            self._sums[1] += weights.double().sum()
             # One masked row per domain: picking the counted tokens out would make the host wait for the device.
             ids = torch.arange(len(self.domains), device=losses.device)[:, None]
             own = ((micro["domains"].flatten() == ids) & counted.flatten()).double()

@@ -20,8 +20,8 @@ def load_held_out(path: str | None, tokenizer) -> np.ndarray:
     if not path:
         raise RecipeError("no held-out text: set data.held_out=PATH to a text or JSONL file that was never trained on")
     parts: list[np.ndarray] = []
-    for document in read_documents(find_sources([path])):
-        ids = tokenizer.encode(document.text)
+    texts = [document.text for document in read_documents(find_sources([path]))]
+    for ids in tokenizer.encode_batch(texts):
         if ids:
             parts += [np.array([tokenizer.eos_id]), np.array(ids)] if parts else [np.array(ids)]
     if not parts:

@@ -41,6 +41,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class _Sample:
+    label: str
     cell: int
     edits: list[Edit]
     answer: str
@@ -84,44 +85,25 @@ def run_shared(
             if end < 256:
                 raise RecipeError(f"--haystacks: a shared text of {length} tokens is too short, take 1k or more")
             text = hay.reader(rng)(length)
+            entropies = {ask.label: [seed, zlib.crc32(ask.label.encode()), length, number] for ask in asks}
             plain = [ask for ask in asks if ask.task != "niah_needles"]
             if plain:
                 prompt.read(text)
-                read = (time.perf_counter() - began) / len(plain)
+                samples = [
+                    _edited(ask, cell, depth, tokenizer, text, end, ends, [*entropies[ask.label], i], templates)
+                    for ask in plain
+                    for cell, depth in enumerate(ask.depths)
+                    for i in range(number, ask.samples, haystacks)
+                ]
+                _count(prompt, tokenizer, samples, end, batch, tallies)
                 for ask in plain:
-                    began = time.perf_counter()
-                    samples = [
-                        _edited(
-                            ask,
-                            cell,
-                            depth,
-                            tokenizer,
-                            text,
-                            end,
-                            ends,
-                            [*_entropy(seed, ask, length), number, i],
-                            templates,
-                        )
-                        for cell, depth in enumerate(ask.depths)
-                        for i in range(number, ask.samples, haystacks)
-                    ]
-                    _count(prompt, tokenizer, samples, end, batch, ask.label, tallies)
-                    seconds[ask.label] += read + time.perf_counter() - began
+                    seconds[ask.label] += (time.perf_counter() - began) / len(plain)
             for ask in asks:
                 if ask.task == "niah_needles":
                     began = time.perf_counter()
-                    samples = _needles(
-                        ask,
-                        prompt,
-                        tokenizer,
-                        text,
-                        end,
-                        [*_entropy(seed, ask, length), number],
-                        templates,
-                        number,
-                        haystacks,
-                    )
-                    _count(prompt, tokenizer, samples, end, batch, ask.label, tallies)
+                    count = len(range(number, ask.samples, haystacks))
+                    samples = _needles(ask, prompt, tokenizer, text, end, entropies[ask.label], templates, count)
+                    _count(prompt, tokenizer, samples, end, batch, tallies)
                     seconds[ask.label] += time.perf_counter() - began
         for ask in asks:
             result = results[ask.label]
@@ -151,10 +133,6 @@ def together(results: Sequence[TaskResult], label: str) -> TaskResult:
     return TaskResult(label, first.templates, first.seed, samples, cells, first.haystack_tokens, seconds, first.texts)
 
 
-def _entropy(seed: int, ask: Ask, length: int) -> list[int]:
-    return [seed, zlib.crc32(ask.label.encode()), length]
-
-
 def _edited(
     ask: Ask,
     cell: int,
@@ -176,7 +154,7 @@ def _edited(
         raise RecipeError(f"{ask.task} does not fit into {end} tokens: take a longer length")
     starts = _places(rng, [len(needle) for needle in needles], room, depth, facts.ordered, text, ends)
     edits: list[Edit] = [(room, question), *zip(starts, needles, strict=True)]
-    return _Sample(cell, edits, facts.answer.strip(), _reference(tokenizer, facts.answer))
+    return _Sample(ask.label, cell, edits, facts.answer.strip(), _reference(tokenizer, facts.answer))
 
 
 def _places(
@@ -220,8 +198,7 @@ def _needles(
     end: int,
     entropy: list[int],
     templates: str,
-    number: int,
-    haystacks: int,
+    count: int,
 ) -> list[_Sample]:
     """Read a text made of needles (a little of ``text`` before them) and ask for one of them per sample."""
     rng = np.random.default_rng(entropy)
@@ -235,13 +212,15 @@ def _needles(
     prompt.read(filled)
     samples = []
     for cell, depth in enumerate(ask.depths):
-        for _ in range(number, ask.samples, haystacks):
+        for _ in range(count):
             share = float(rng.random()) if depth is None else depth
             asked = min(len(pieces) - 1, int(share * len(pieces)))
             question = tokenizer.encode_words(facts.question(asked))
             answer = " " + facts.values[asked]
             samples.append(
-                _Sample(cell, [(end - len(question), question)], answer.strip(), _reference(tokenizer, answer))
+                _Sample(
+                    ask.label, cell, [(end - len(question), question)], answer.strip(), _reference(tokenizer, answer)
+                )
             )
     return samples
 
@@ -256,7 +235,6 @@ def _count(
     samples: list[_Sample],
     end: int,
     batch: int,
-    label: str,
     tallies: dict[tuple[str, int], Tally],
 ) -> None:
     """Answer samples in batches and add them to the tallies of their cells."""
@@ -268,4 +246,4 @@ def _count(
             answer = row[: len(sample.tokens)]
             exact = answer_text(tokenizer, answer.tolist()) == sample.answer
             right = int((answer == sample.tokens).sum())
-            tallies[label, sample.cell] += Tally(1, int(exact), len(sample.tokens), right)
+            tallies[sample.label, sample.cell] += Tally(1, int(exact), len(sample.tokens), right)
