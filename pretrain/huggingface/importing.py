@@ -1,6 +1,7 @@
 """`hsa import`: a Hugging Face folder as a run directory with a checkpoint at step 0.
 
-A folder that `hsa export` wrote comes back with the same bits.
+A folder that `hsa export` wrote comes back with the same bits. Any other Llama-like checkpoint gives its weights to the
+dense parts that they fit, see `pretrain.huggingface.dense`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from parallel.model_config import ModelConfig
 from pretrain.errors import RecipeError, RunDirError
+from pretrain.huggingface.dense import dense_sizes, fill_dense, read_gguf
 from pretrain.huggingface.export import TRAINING_FIELDS
 from pretrain.huggingface.names import from_exported, our_tensors
 from pretrain.model import HSAModel
@@ -26,7 +29,7 @@ from pretrain.recipe import LoadedRecipe, apply_override, load_recipe, recipe_fr
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hsa import`."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that hsa export wrote")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with safetensors, or a .gguf file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides")
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="run directory to make")
     parser.add_argument(
@@ -35,15 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train with this recipe afterwards (hsa train RECIPE --run-dir RUN); without it, RUN can be evaluated, "
         "exported and asked",
     )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="what became of every tensor, as JSON (foreign checkpoints)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Import; RecipeError and RunDirError for what the user can repair."""
     if args.out.exists() and any(args.out.iterdir()):
         raise RunDirError(f"--out: {args.out} is not empty: choose another run directory")
+    if args.folder.suffix == ".gguf":
+        return import_dense(args, *read_gguf(args.folder))
     config = read_config(args.folder)
     if "layer_kinds" not in config:
-        raise RunDirError(f"{args.folder} was not written by hsa export: its config.json has no layer_kinds")
+        return import_dense(args, config, read_tensors(args.folder), args.folder / "tokenizer.json")
     model = model_of(config)
     tokenizer = args.folder / "tokenizer.json"
     loaded = recipe_for(args, model, config, tokenizer)
@@ -58,6 +66,30 @@ def main(args: argparse.Namespace) -> int:
 
     write_run(args.out, loaded, fill, tokenizer)
     print(f"{args.out}: {config.get('trained', {}).get('name', args.folder.name)}, {len(folder)} tensors, at step 0")
+    return 0
+
+
+def import_dense(args: argparse.Namespace, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Any) -> int:
+    """Import a foreign dense checkpoint; tokenizer: the path of a tokenizer.json, or a tokenizers.Tokenizer."""
+    missing = [
+        name
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if name not in config
+    ]
+    if missing or "embed_tokens.weight" not in tensors:
+        what = f"its configuration lacks {', '.join(missing)}" if missing else "it has no model.embed_tokens.weight"
+        raise RunDirError(f"{args.folder} is no Llama-like checkpoint: {what}")
+    reports = []
+    with tempfile.TemporaryDirectory() as folder:
+        if not isinstance(tokenizer, Path):
+            file = Path(folder) / "tokenizer.json"
+            tokenizer.save(str(file))
+            tokenizer = file
+        loaded = recipe_for(args, dense_sizes(config), {}, tokenizer)
+        write_run(args.out, loaded, lambda built: reports.append(fill_dense(built, config, tensors)), tokenizer)
+    if args.report is not None:
+        args.report.write_text(json.dumps(reports[0].to_json(), indent=1) + "\n")
+    print(f"{args.out}: {reports[0].summary()}")
     return 0
 
 
