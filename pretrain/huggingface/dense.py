@@ -57,7 +57,7 @@ class Report:
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
-    """Configuration, tensors and tokenizer (a tokenizers.Tokenizer) of a GGUF file, by transformers. RunDirError when that
+    """Configuration, tensors and tokenizer (a tokenizers.Tokenizer) of a GGUF file. RunDirError when transformers
     or a package it needs is missing, or the file is none.
     """
     try:
