@@ -1,6 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both make the environment in .venv first, once.
+# Another interpreter has an environment of its own: `make test PYTHON=python3.12` tests in .venv-python3.12.
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 DATA := data/demo
 RUN := runs/demo
@@ -44,4 +45,4 @@ $(VENV)/complete: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

@@ -190,11 +190,11 @@ class _SaveInProcess(compat.TorchDistSaveShardedStrategy):
 
     error: BaseException | None = None  # what this rank's writing ended with
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, **kwargs: Any) -> Any:
         with compat.results_queue(queue.Queue):
-            return super().async_save(sharded_state_dict, checkpoint_dir)
+            return super().async_save(sharded_state_dict, checkpoint_dir, **kwargs)
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *_: Any) -> Any:
         def write() -> None:
             buckets = writer.preload_tensors(writer.write_buckets, non_blocking=False)
             with ThreadPoolExecutor(max(1, len(buckets))) as pool:

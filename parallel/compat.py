@@ -376,12 +376,14 @@ def _repair_distributed_optimizer() -> None:
 def results_queue(factory: Callable[[], Any]) -> Iterator[None]:
     """Let Megatron's checkpoint writers use ``factory()`` for results instead of a queue in a spawned process."""
     module = sys.modules["megatron.core.dist_checkpointing.strategies.filesystem_async"]
-    original = module._get_write_results_queue  # type: ignore[attr-defined]
-    module._get_write_results_queue = factory  # type: ignore[attr-defined]
+    # The newer name is public.
+    name = "get_write_results_queue" if hasattr(module, "get_write_results_queue") else "_get_write_results_queue"
+    original = getattr(module, name)
+    setattr(module, name, factory)
     try:
         yield
     finally:
-        module._get_write_results_queue = original  # type: ignore[attr-defined]
+        setattr(module, name, original)
 
 
 class _Outcome:

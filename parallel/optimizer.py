@@ -150,7 +150,7 @@ class Optimizer(compat.ChainedOptimizer):
         """
         self.init_state()
         self._synchronize_steps()
-        state: dict[str, Any] = {"step": self._step()}
+        state: dict[str, Any] = {"step": self._updates()}
         for index, optimizer in enumerate(self._active()):
             part = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
             state[f"part{index}"] = {
@@ -171,7 +171,7 @@ class Optimizer(compat.ChainedOptimizer):
                     group["step"] = step
             optimizer.load_state_dict(part)
 
-    def _step(self) -> int:
+    def _updates(self) -> int:
         """Number of updates done, from the first AdamW state: torch keeps it by parameter, fused ones by group."""
         for optimizer in self._active():
             for group in optimizer.param_groups:

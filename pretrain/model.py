@@ -82,6 +82,7 @@ def transformer_config(
         kv_channels=model.head_dim,
         layernorm_epsilon=model.norm_eps,
         normalization="RMSNorm",
+        qk_layernorm=True,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         bias_activation_fusion=torch.cuda.is_available() and not model.num_experts,  # compiled by Megatron
