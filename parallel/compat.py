@@ -372,6 +372,32 @@ def _repair_distributed_optimizer() -> None:
     optimizer_class._set_main_param_and_optimizer_states = set_main_param_and_states
 
 
+def transformer_engine_experts() -> Any:
+    """Spec of Megatron's experts on Transformer Engine's grouped product; needs Transformer Engine."""
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelGroupedLinear,
+        TERowParallelGroupedLinear,
+    )
+
+    experts = sys.modules["megatron.core.transformer.moe.experts"]
+    kind = getattr(experts, "GroupedMLPSubmodules", MLPSubmodules)  # 0.16 has one class for all
+    submodules = kind(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
+    return ModuleSpec(module=experts.TEGroupedMLP, submodules=submodules)
+
+
+@contextlib.contextmanager
+def adam_of(*, fused: bool) -> Iterator[None]:
+    """Optimizers built inside are torch's AdamW, with `fused` Transformer Engine's or apex's as Megatron found it."""
+    module = sys.modules["megatron.core.optimizer"]
+    kept = module.Adam, module.USING_PYTORCH_OPTIMIZER  # type: ignore[attr-defined]
+    if not fused:
+        module.Adam, module.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.Adam, module.USING_PYTORCH_OPTIMIZER = kept  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def results_queue(factory: Callable[[], Any]) -> Iterator[None]:
     """Let Megatron's checkpoint writers use ``factory()`` for results instead of a queue in a spawned process."""
@@ -531,10 +557,6 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_updated_expert_bias,
-)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_block import (

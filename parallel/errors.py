@@ -1,6 +1,6 @@
 """Errors of the parallel room that are the user's to mend.
 
-Both classes carry ``exit_status = 2``: the command line prints their message after ``hsa: error:`` and leaves without a
+All classes carry ``exit_status = 2``: the command line prints their message after ``hsa: error:`` and leaves without a
 traceback. Faults of the machine (a full disk, a dead rank) are ordinary exceptions and count as crashes.
 """
 
@@ -15,5 +15,11 @@ class TopologyError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+    exit_status = 2
+
+
+class OptionalPartError(ValueError):
+    """A recipe requires an optional package, or a part of one, that is not usable here."""
 
     exit_status = 2

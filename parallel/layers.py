@@ -26,7 +26,6 @@ from parallel.compat import (
     ProcessGroupCollection,
     RowParallelLinear,
     SelfAttentionSubmodules,
-    SequentialMLP,
     SharedExpertMLP,
     TransformerBlockSubmodules,
     TransformerConfig,
@@ -39,8 +38,10 @@ from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
 from parallel.norm import RMSNorm
 from parallel.pipeline import join_payload, split_payload
+from parallel.router import Router
 from parallel.shared_memory import SharedMemory
 from parallel.tensor import heads_of_rank
+from parallel.tiling import TiledMLP
 
 KeysAndValues = tuple[Tensor, Tensor]
 
@@ -161,24 +162,36 @@ class DecoderLayer(TransformerLayer):
         return hidden_states + self.mlp(self.pre_mlp_layernorm(mlp_input))[0], keys_values
 
 
-def mlp_spec(experts: bool) -> ModuleSpec:
-    """A dense SwiGLU MLP, or Megatron's mixture of experts with a shared expert."""
+def mlp_spec(experts: ModuleSpec | None, tiles: int) -> ModuleSpec:
+    """A dense SwiGLU MLP, in `tiles` parts of the sequence, or Megatron's mixture of `experts` with a shared one."""
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    if not experts:
-        return ModuleSpec(module=MLP, submodules=linears)
+    if experts is None:
+        if tiles == 1:
+            return ModuleSpec(module=MLP, submodules=linears)
+        return ModuleSpec(module=TiledMLP, submodules=linears, params={"tiles": tiles})
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=linears),
+            experts=experts,
+            router=Router,
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
         ),
     )
 
 
 def decoder_specs(
-    model: ModelConfig, schedule: AttentionSchedule, *, first: int = 0, count: int | None = None
+    model: ModelConfig,
+    schedule: AttentionSchedule,
+    *,
+    experts: ModuleSpec,
+    tiles: int = 1,
+    first: int = 0,
+    count: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Specs of the `count` decoder layers from `first` on (all of them), for the TransformerBlock of one stage."""
+    """Specs of the `count` decoder layers from `first` on (all of them), for the TransformerBlock of one stage.
+
+    experts: the routed experts where a layer has them; tiles: parts of the sequence in which dense MLPs run.
+    """
     attention = ModuleSpec(
         module=SlidingWindowSelfAttention,
         submodules=SelfAttentionSubmodules(
@@ -199,7 +212,7 @@ def decoder_specs(
             input_layernorm=RMSNorm if has_window else IdentityOp,
             self_attention=attention if has_window else IdentityOp,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mlp_spec(model.uses_experts(index)),
+            mlp=mlp_spec(experts if model.uses_experts(index) else None, tiles),
         )
         params = {
             "model": model,

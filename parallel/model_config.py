@@ -39,6 +39,7 @@ class ModelConfig:
     shared_expert_ffn_hidden_size: int = 0
     dense_layers: int = 1  # leading layers whose MLP stays dense in a mixture of experts
     expert_bias_update_rate: float = 1e-3
+    router_z_loss: float = 0.0  # weight of the mean logsumexp(router logits)^2 of every layer with experts
     rope_base: float = 10000.0
     tied_embeddings: bool = True
     norm_eps: float = 1e-6
@@ -110,6 +111,8 @@ class ModelConfig:
             )
         if self.num_experts and self.experts_per_token > self.num_experts:
             found.append(f"model.experts_per_token: {self.experts_per_token} of {self.num_experts} experts")
+        if self.router_z_loss < 0:
+            found.append(f"model.router_z_loss: must not be negative, is {self.router_z_loss}")
         if self.head_dim % 2:
             found.append(f"model.head_dim: must be even for rotary embeddings, is {self.head_dim}")
         return found

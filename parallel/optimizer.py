@@ -279,17 +279,21 @@ def _optimizer_config(settings: OptimizerSettings, dtype: torch.dtype) -> compat
     )
 
 
-def build_optimizer(settings: OptimizerSettings, chunks: Sequence[compat.DistributedDataParallel]) -> Optimizer:
+def build_optimizer(
+    settings: OptimizerSettings, chunks: Sequence[compat.DistributedDataParallel], *, fused: bool = False
+) -> Optimizer:
     """The optimizer of the wrapped model chunks. bf16 parameters get fp32 master copies; fp32 ones among them do not.
 
-    Parameters are float32 or bfloat16, anything else is a ValueError.
+    fused: the distributed AdamW is Transformer Engine's or apex's. Parameters are float32 or bfloat16, anything else
+    is a ValueError.
     """
     dtypes = {parameter.dtype for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad}
     if not dtypes <= {torch.float32, torch.bfloat16}:
         raise ValueError(f"parameters must be float32 or bfloat16, found {sorted(map(str, dtypes))}")
     config = _optimizer_config(settings, torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32)
     if settings.shares_state:
-        built = compat.get_megatron_optimizer(config, list(chunks))
+        with compat.adam_of(fused=fused):
+            built = compat.get_megatron_optimizer(config, list(chunks))
         chained = getattr(built, "chained_optimizers", [built])
     else:
         chained = _replicated(settings, config, chunks)

@@ -11,8 +11,51 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from parallel.errors import OptionalPartError
+
 # Files that NVIDIA's apex has and the web toolkit of the same name has not.
 _APEX_FILES = ("optimizers/fused_adam.py", "normalization/fused_layer_norm.py", "multi_tensor_apply/__init__.py")
+
+CHOICES = ("auto", "require", "off")
+
+
+@dataclass
+class ComputeConfig:
+    """How the same mathematics is computed, as written under ``compute:`` in a recipe. Nothing here changes the model.
+
+    grouped_experts: all experts of a layer in one product (Transformer Engine's where installed, else torch's).
+    gradient_accumulation_fusion, fused_optimizer: NVIDIA apex's. Each auto | require | off: used where it can be, or an
+    error where it cannot, or never.
+    loss: full (all logits at once) | chunked (logits of loss_chunk tokens at a time, computed again in backward) |
+    deepspeed (DeepSpeed's vocabulary-parallel linear cross entropy, the same idea in one operator).
+    tiled_mlp: parts of the sequence in which dense MLPs run, by DeepSpeed's TiledMLP; 1 is not tiled.
+    fp8: matrix products in FP8, by Transformer Engine.
+    """
+
+    grouped_experts: str = "auto"
+    gradient_accumulation_fusion: str = "auto"
+    fused_optimizer: str = "auto"
+    loss: str = "full"
+    loss_chunk: int = 1024
+    tiled_mlp: int = 1
+    fp8: bool = False
+
+    def problems(self) -> list[str]:
+        """Everything that makes these settings impossible anywhere, each as ``compute.field: what is wrong``."""
+        found = [
+            f"compute.{name}: {getattr(self, name)!r} is none of {', '.join(CHOICES)}"
+            for name in ("grouped_experts", "gradient_accumulation_fusion", "fused_optimizer")
+            if getattr(self, name) not in CHOICES
+        ]
+        if self.loss not in LOSSES:
+            found.append(f"compute.loss: {self.loss!r} is none of {', '.join(LOSSES)}")
+        for name in ("loss_chunk", "tiled_mlp"):
+            if getattr(self, name) < 1:
+                found.append(f"compute.{name}: must be at least 1, is {getattr(self, name)}")
+        return found
+
+
+LOSSES = ("full", "chunked", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -82,6 +125,64 @@ def find_deepspeed() -> Package:
     return Package("deepspeed", "installed", str(directory), _version("deepspeed"))
 
 
+def use_fused_gradients(choice: str, *, on_gpu: bool) -> bool:
+    """Whether weight gradients are added up inside their matrix product, for `gradient_accumulation_fusion`."""
+    found = _apex_problem(find_apex(), "fused_weight_gradient_mlp_cuda", on_gpu)
+    return _decide("gradient_accumulation_fusion", choice, found)
+
+
+def use_fused_optimizer(choice: str, *, on_gpu: bool) -> bool:
+    """Whether AdamW is one kernel over all parameters, Transformer Engine's or apex's, for `fused_optimizer`."""
+    found = "" if on_gpu and find_transformer_engine().usable else _apex_problem(find_apex(), "amp_C", on_gpu)
+    return _decide("fused_optimizer", choice, found)
+
+
+def _apex_problem(apex: Package, extension: str, on_gpu: bool) -> str:
+    """Why this part of NVIDIA's apex cannot be used, or nothing."""
+    if apex.state == "absent":
+        return "NVIDIA's apex is not installed (PyPI's apex is another project: build github.com/NVIDIA/apex)"
+    if apex.state == "foreign":
+        version = f" {apex.version}" if apex.version else ""
+        return (
+            f"the package apex{version} in {apex.location} is not NVIDIA's apex but PyPI's unrelated project of that "
+            "name: pip uninstall apex, then build github.com/NVIDIA/apex"
+        )
+    if extension not in apex.features:
+        return f"NVIDIA's apex in {apex.location} was built without {extension}"
+    return "" if on_gpu else "NVIDIA's apex needs a GPU"
+
+
+def _decide(key: str, choice: str, problem: str) -> bool:
+    if choice == "require" and problem:
+        raise OptionalPartError(f"compute.{key}=require: {problem}; or set compute.{key}=auto")
+    return choice != "off" and not problem
+
+
+def check_compute(compute: ComputeConfig, *, on_gpu: bool) -> None:
+    """OptionalPartError for the first thing under ``compute:`` that this machine cannot do."""
+    use_fused_gradients(compute.gradient_accumulation_fusion, on_gpu=on_gpu)
+    use_fused_optimizer(compute.fused_optimizer, on_gpu=on_gpu)
+    if compute.fp8 and not (on_gpu and find_transformer_engine().usable):
+        missing = "Transformer Engine, which is not installed" if on_gpu else "Transformer Engine and a GPU"
+        raise OptionalPartError(f"compute.fp8=true needs {missing}; leave it out and train in bf16")
+    for key, wanted in (("loss=deepspeed", compute.loss == "deepspeed"), ("tiled_mlp", compute.tiled_mlp > 1)):
+        if wanted and not find_deepspeed().usable:
+            raise OptionalPartError(
+                f"compute.{key} needs DeepSpeed: pip install 'hsa-ultralong[deepspeed]', or leave the key out"
+            )
+
+
+def describe_use(compute: ComputeConfig, *, on_gpu: bool, experts: str = "") -> str:
+    """One line: which way each part is computed in this run."""
+    gradients = "fused (apex)" if use_fused_gradients(compute.gradient_accumulation_fusion, on_gpu=on_gpu) else "torch"
+    optimizer = "fused" if use_fused_optimizer(compute.fused_optimizer, on_gpu=on_gpu) else "torch"
+    parts = [f"experts {experts}"] if experts else []
+    parts += [f"gradient accumulation {gradients}", f"AdamW {optimizer}", f"loss {compute.loss}"]
+    if compute.tiled_mlp > 1:
+        parts.append(f"dense MLPs in {compute.tiled_mlp} tiles")
+    return "in use: " + ", ".join(parts + (["FP8"] if compute.fp8 else []))
+
+
 def describe() -> list[str]:
     """One line per optional package: what was found and what is used in its place."""
     apex, engine, deepspeed = find_apex(), find_transformer_engine(), find_deepspeed()
@@ -106,5 +207,5 @@ def describe() -> list[str]:
     if deepspeed.usable:
         lines.append(f"deepspeed {deepspeed.version}: installed")
     else:
-        lines.append("deepspeed: not installed: nothing needs it")
+        lines.append("deepspeed: not installed: compute.loss=deepspeed and compute.tiled_mlp need it")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,16 +20,20 @@ from parallel.compat import (
     RotaryEmbedding,
     TransformerBlock,
     TransformerConfig,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     get_num_layers_to_build,
     get_transformer_layer_offset,
     parallel_state,
 )
+from parallel.experts import expert_parts, experts_spec, is_expert_parameter
 from parallel.layers import decoder_specs
+from parallel.losses import chunked_cross_entropy, linear_cross_entropy
 from parallel.mesh import ParallelConfig
 from parallel.model_config import ModelConfig
+from parallel.optional import ComputeConfig, use_fused_gradients
 from parallel.pipeline import stage_layout
-from parallel.tensor import mark_parameters, shard_of, whole_shape
+from parallel.tensor import mark_parameters, shard_of, whole_sequence, whole_shape
 
 
 def transformer_config(
@@ -38,9 +43,11 @@ def transformer_config(
     bf16: bool = False,
     recompute: str = "none",
     deterministic: bool = False,
+    compute: ComputeConfig | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration for `model`. recompute: none | selective (attention only) | full (whole layers)."""
     parallel = parallel or ParallelConfig()
+    compute = compute or ComputeConfig()
     dtype = torch.bfloat16 if bf16 else torch.float32
     moe: dict[str, object] = {}
     if model.num_experts:
@@ -56,6 +63,7 @@ def transformer_config(
             moe_router_enable_expert_bias=True,
             moe_router_bias_update_rate=model.expert_bias_update_rate,
             moe_router_dtype="fp32",
+            moe_z_loss_coeff=model.router_z_loss or None,
             moe_token_dispatcher_type="alltoall" if parallel.expert > 1 else "allgather",
         )
     stages: dict[str, object] = {}
@@ -96,7 +104,9 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=bf16,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=use_fused_gradients(
+            compute.gradient_accumulation_fusion, on_gpu=torch.cuda.is_available()
+        ),
         persist_layer_norm=False,
         calculate_per_token_loss=True,
         deterministic_mode=deterministic,
@@ -122,11 +132,17 @@ class HSAModel(LanguageModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, model: ModelConfig, max_length: int, vp_stage: int | None = None
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        max_length: int,
+        vp_stage: int | None = None,
+        compute: ComputeConfig | None = None,
     ) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config=config, pg_collection=groups)
         self.model = model
+        self.compute = compute or ComputeConfig()
         self.model_type = ModelType.encoder_or_decoder  # asked for by Megatron's schedules
         self.vp_stage = vp_stage
         self.schedule = AttentionSchedule()
@@ -150,7 +166,14 @@ class HSAModel(LanguageModule):
         )
         self.decoder = TransformerBlock(
             config=config,
-            spec=decoder_specs(model, self.schedule, first=self.first_layer, count=layers),
+            spec=decoder_specs(
+                model,
+                self.schedule,
+                experts=experts_spec(model, config.params_dtype, self.compute.grouped_experts),
+                tiles=self.compute.tiled_mlp,
+                first=self.first_layer,
+                count=layers,
+            ),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,
@@ -213,7 +236,23 @@ class HSAModel(LanguageModule):
             return hidden_states
         if labels is None:
             return self.logits(hidden_states).transpose(0, 1)
-        return self.compute_language_model_loss(labels, self._output(hidden_states).float())
+        return self._losses(hidden_states, labels)
+
+    def _losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """hidden_states (L, B, hidden), after the final norm; labels (B, L) -> losses (B, L) float32."""
+        if self.compute.loss == "full":
+            return self.compute_language_model_loss(labels, self._output(hidden_states).float())
+        weight = self.shared_embedding_or_output_weight()
+        labels = labels.transpose(0, 1).contiguous()
+        group = self.pg_collection.tp
+        if self.compute.loss == "chunked":
+            hidden_states = whole_sequence(hidden_states, self.config, group)
+            return chunked_cross_entropy(hidden_states, weight, labels, self.compute.loss_chunk).transpose(0, 1)
+        if self.config.sequence_parallel:  # DeepSpeed's operator sums hidden's gradient itself
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=group
+            )
+        return linear_cross_entropy(hidden_states, weight, labels, group).transpose(0, 1)
 
 
 def build_model(
@@ -225,17 +264,20 @@ def build_model(
     bf16: bool = False,
     recompute: str = "none",
     deterministic: bool = False,
+    compute: ComputeConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> HSAModel:
     """Build a model and set its weights from the seed. device "meta" allocates nothing and initialises nothing.
 
     Under pipeline parallelism this is the rank's stage; an interleaved rank has several, see `build_chunks`.
     """
-    config = transformer_config(model, parallel=parallel, bf16=bf16, recompute=recompute, deterministic=deterministic)
+    config = transformer_config(
+        model, parallel=parallel, bf16=bf16, recompute=recompute, deterministic=deterministic, compute=compute
+    )
     if str(device) == "meta":
         with torch.device("meta"):
-            return HSAModel(config, model, max_length)
-    return _build_chunk(config, model, max_length, seed, device)
+            return HSAModel(config, model, max_length, compute=compute)
+    return _build_chunk(config, model, max_length, seed, device, compute=compute)
 
 
 def build_chunks(
@@ -247,12 +289,15 @@ def build_chunks(
     bf16: bool = False,
     recompute: str = "none",
     deterministic: bool = False,
+    compute: ComputeConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> list[HSAModel]:
     """All of this rank's model chunks: one, or as many as an interleaved pipeline has virtual stages."""
-    config = transformer_config(model, parallel=parallel, bf16=bf16, recompute=recompute, deterministic=deterministic)
+    config = transformer_config(
+        model, parallel=parallel, bf16=bf16, recompute=recompute, deterministic=deterministic, compute=compute
+    )
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
-    chunks = [_build_chunk(config, model, max_length, seed, device, stage) for stage in stages]
+    chunks = [_build_chunk(config, model, max_length, seed, device, stage, compute) for stage in stages]
     for chunk in chunks:
         chunk.schedule.balance_selection = parallel.balance_selection
     return chunks
@@ -265,11 +310,12 @@ def _build_chunk(
     seed: int,
     device: torch.device | str,
     vp_stage: int | None = None,
+    compute: ComputeConfig | None = None,
 ) -> HSAModel:
-    built = HSAModel(config, model, max_length, vp_stage)
+    built = HSAModel(config, model, max_length, vp_stage, compute)
     mark_parameters(built)
     for name, parameter in built.named_parameters():
-        if ".local_experts." in name:
+        if is_expert_parameter(name):
             # Megatron reduces experts' gradients over the ranks that hold the same expert only. Tensor-parallel ranks
             # hold the same experts but send them other tokens.
             parameter.allreduce = config.expert_model_parallel_size * config.tensor_model_parallel_size == 1
@@ -278,8 +324,8 @@ def _build_chunk(
 
 
 def global_name(name: str, built: HSAModel) -> str:
-    """The parameter's name in the whole model: layers are numbered over all pipeline stages, experts over all
-    expert-parallel ranks; the last stage's copy of tied embeddings is called like them.
+    """The name in the whole model of a parameter, or of one expert's part of it: layers are numbered over all pipeline
+    stages, experts over all expert-parallel ranks; the last stage's copy of tied embeddings is called like them.
     """
     if name == "output_layer.weight" and built.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
@@ -290,6 +336,12 @@ def global_name(name: str, built: HSAModel) -> str:
     local = built.config.num_moe_experts // built.config.expert_model_parallel_size
     number = parallel_state.get_expert_model_parallel_rank() * local + int(match[1])
     return f"{name[: match.start(1)]}{number}{name[match.end(1) :]}"
+
+
+def global_parts(name: str, values: Tensor, built: HSAModel) -> Iterator[tuple[str, Tensor]]:
+    """(global name, values) of everything in one parameter or its gradient: the experts of a stack one by one."""
+    for part, part_values in expert_parts(name, values):
+        yield global_name(part, built), part_values
 
 
 def initialize_weights(built: HSAModel, seed: int) -> None:
@@ -306,9 +358,11 @@ def initialize_weights(built: HSAModel, seed: int) -> None:
             if parameter.dim() == 1 and not name.endswith("encoder.cls"):
                 parameter.fill_(1.0)
                 continue
-            digest = hashlib.sha256(f"{seed}/{global_name(name, built)}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            values = torch.empty(whole_shape(parameter), dtype=torch.float32)
-            writes_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            values.normal_(0.0, residual_std if writes_residual else std, generator=generator)
-            parameter.copy_(shard_of(values, parameter, name))
+            for part, held in global_parts(name, parameter, built):
+                digest = hashlib.sha256(f"{seed}/{part}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                shape = whole_shape(parameter) if held is parameter else held.shape
+                values = torch.empty(shape, dtype=torch.float32)
+                writes_residual = part.endswith(("linear_proj.weight", "linear_fc2.weight"))
+                values.normal_(0.0, residual_std if writes_residual else std, generator=generator)
+                held.copy_(shard_of(values, parameter, name))

@@ -24,6 +24,7 @@ from data_pipeline.config import DataConfig
 from parallel.mesh import ParallelConfig
 from parallel.model_config import ModelConfig
 from parallel.optimizer import OptimizerSettings
+from parallel.optional import ComputeConfig
 from pretrain.errors import RecipeError
 from pretrain.evaluation.units import parse_metric
 from pretrain.tracking import TrackingConfig
@@ -106,6 +107,7 @@ class Recipe:
     batch: int = 8
     micro_batch: int | None = None  # null: the rank's whole share of the batch
     recompute: str = "none"  # activation checkpointing: none | selective | full
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -343,7 +345,7 @@ def check(recipe: Recipe) -> tuple[list[str], list[str]]:
     """Rules that join several fields. Returns what is wrong whatever the model, and what clashes with the model's
     preset.
     """
-    errors: list[str] = recipe.model.problems() + recipe.optimizer.problems()
+    errors: list[str] = recipe.model.problems() + recipe.optimizer.problems() + recipe.compute.problems()
     clashes: list[str] = []
 
     def one_of(label: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -352,6 +354,8 @@ def check(recipe: Recipe) -> tuple[list[str], list[str]]:
 
     one_of("precision", recipe.precision, ("bf16", "fp32"))
     one_of("device", recipe.device, ("auto", "cpu", "cuda"))
+    if recipe.compute.fp8 and recipe.precision != "bf16":
+        errors.append(f"compute.fp8: needs precision bf16, is {recipe.precision}")
     one_of("recompute", recipe.recompute, ("none", "selective", "full"))
     if recipe.max_steps is not None and recipe.max_steps < 0:
         errors.append(f"max_steps: must not be negative, is {recipe.max_steps}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.mesh import launched_rank, launched_world_size, resolve_device
-from parallel.optional import describe
+from parallel.optional import check_compute, describe, describe_use, use_fused_optimizer
 from pretrain.errors import RecipeError
 from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_batch, load_recipe
 from pretrain.run_dir import RunDir, check_resume
@@ -88,7 +88,7 @@ def check_input(recipe: Recipe, world_size: int) -> None:
 
     for stage in recipe.stages:
         check_stage(recipe, stage, world_size)
-    resolve_device(recipe.device)
+    check_compute(recipe.compute, on_gpu=resolve_device(recipe.device).type == "cuda")
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise RecipeError(
@@ -170,6 +170,7 @@ class Training:
 
         from parallel import mesh
         from parallel.checkpoint import clean_temporary, find_latest
+        from parallel.experts import describe_experts
         from pretrain.console import Console
         from pretrain.hardware import peak_flops
         from pretrain.metrics_log import MetricsLog
@@ -227,6 +228,8 @@ class Training:
         )
         for line in describe():
             self.console.say(line)
+        on_gpu, experts = self.device.type == "cuda", describe_experts(self.models)
+        self.console.say(describe_use(recipe.compute, on_gpu=on_gpu, experts=experts))
         if restarts:
             self.console.say(
                 f"resumed at step {position.step} ({position.tokens:,} tokens), start number {restarts + 1}"
@@ -256,10 +259,12 @@ class Training:
             bf16=recipe.precision == "bf16",
             recompute=recipe.recompute,
             deterministic=deterministic,
+            compute=recipe.compute,
             device=self.device,
         )
         self.chunks = wrap_model(self.models, recipe.optimizer)
-        self.optimizer = build_optimizer(recipe.optimizer, self.chunks)
+        fused = use_fused_optimizer(recipe.compute.fused_optimizer, on_gpu=self.device.type == "cuda")
+        self.optimizer = build_optimizer(recipe.optimizer, self.chunks, fused=fused)
 
     def _restore(self, checkpoint: Path) -> None:
         from parallel.checkpoint import load_checkpoint
@@ -430,6 +435,7 @@ class Training:
             "step_seconds": seconds,
             "data_wait_seconds": waited,
             **{f"loss/{name}": loss for name, loss in result.domain_losses.items()},
+            **result.experts,
         }
         if not result.updated:
             self.console.say(f"step {position.step}: gradient norm {result.grad_norm}, the update was skipped")

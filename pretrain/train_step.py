@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from data_pipeline.batch import PackedBatch
 from parallel.compat import DistributedDataParallel, finalize_model_grads, get_forward_backward_func, parallel_state
 from parallel.context import local_slice
+from parallel.router import LoadStatistics
 from parallel.tensor import sum_partial_gradients
 from pretrain.model import HSAModel
 
@@ -31,7 +32,7 @@ class StepResult:
 
     loss: the objective, nats per weighted token. domain_losses: plain mean nll per domain name, for domains that had
     tokens. stop: number of ranks that want to stop. updated: False when the gradient norm was not finite and the
-    weights stayed as they were.
+    weights stayed as they were. experts: loads of the experts' layers by metric name.
     """
 
     loss: float
@@ -39,6 +40,7 @@ class StepResult:
     domain_losses: dict[str, float]
     stop: int
     updated: bool
+    experts: dict[str, float] = field(default_factory=dict)
 
 
 class TrainStep:
@@ -56,7 +58,9 @@ class TrainStep:
         self.config = self.chunks[0].config
         self.context = parallel_state.get_context_parallel_group()
         self.config.finalize_model_grads_func = self._finalize
+        self.loads = LoadStatistics(self.chunks, self.config) if self.config.num_moe_experts else None
         self._sums = torch.zeros(0)
+        self._loads = torch.zeros(0, dtype=torch.float64, device=device)
 
     def __call__(self, batch: PackedBatch, micro_batch: int, *, wants_stop: bool) -> StepResult:
         """Train on this data-parallel rank's share of a global batch; the step's numbers are those of the global batch.
@@ -80,10 +84,13 @@ class TrainStep:
             forward_only=False,
         )
         updated, grad_norm, _zeros = self.optimizer.step()
-        sums = self._sums.tolist()
+        # Everything the step says comes to the host in one copy.
+        read = torch.cat((self._sums, self._loads)).tolist()
+        sums, loads = read[: len(self._sums)], read[len(self._sums) :]
         domain = sums[3:]
         losses = {name: domain[2 * i] / domain[2 * i + 1] for i, name in enumerate(self.domains) if domain[2 * i + 1]}
-        return StepResult(sums[0] / max(sums[1], 1e-9), float(grad_norm), losses, round(sums[2]), updated)
+        experts = {} if self.loads is None else self.loads.metrics([loads[i : i + 4] for i in range(0, len(loads), 4)])
+        return StepResult(sums[0] / max(sums[1], 1e-9), float(grad_norm), losses, round(sums[2]), updated, experts)
 
     def _micro_batches(self, batch: PackedBatch, size: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, batch.tokens.shape[0], size):
@@ -115,11 +122,16 @@ class TrainStep:
 
     def _finalize(self, model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Megatron's reduction of gradients, then ours: divide by the global sum of weights."""
+        loads = self._loads if self.loads is None else self.loads.local(self.device)
         finalize_model_grads(model, None, **kwargs)
         sum_partial_gradients(model)
         if parallel_state.get_tensor_model_parallel_rank() > 0:
             self._sums[:2] = self._sums[3:] = 0  # the same tokens as on the first of these ranks
-        torch.distributed.all_reduce(self._sums)
+        total = torch.cat((self._sums, loads))
+        torch.distributed.all_reduce(total)
+        self._sums, loads = total.split((len(self._sums), len(loads)))
+        if self.loads is not None:
+            self._loads = self.loads.summary(loads).flatten()
         scale = (1.0 / self._sums[1].clamp_min(1e-9)).float()  # stays on the device
         for chunk in model:
             chunk.scale_gradients(scale)

@@ -26,8 +26,9 @@ from parallel.context import traffic
 from parallel.mesh import ParallelConfig
 from parallel.model_config import ModelConfig
 from parallel.optimizer import OptimizerSettings, build_optimizer, wrap_model
+from parallel.optional import ComputeConfig
 from pretrain.layout_forward import whole_logits
-from pretrain.model import build_chunks, global_name
+from pretrain.model import build_chunks, global_parts
 from pretrain.train_step import TrainStep
 from tests.conftest import free_port
 
@@ -35,7 +36,7 @@ SMALL = dict(
     vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=2, upper_layers=3, hsa_layers=2,
     num_heads=4, head_dim=8, swa_kv_heads=2, hsa_kv_heads=2, retrieval_heads=2, retrieval_dim=16, chunk_size=8,
     encoder_ffn_hidden_size=32, num_experts=4, experts_per_token=2, expert_ffn_hidden_size=16,
-    shared_expert_ffn_hidden_size=16, init_std=0.1,
+    shared_expert_ffn_hidden_size=16, init_std=0.1, router_z_loss=1e-3,
 )  # fmt: skip
 
 
@@ -69,10 +70,9 @@ class Recorder:
             for chunk in self.chunks:
                 for name, parameter in chunk.module.named_parameters():
                     count = getattr(parameter, "partition_count", 1)
-                    self.gradients[global_name(name, chunk.module)] = (
-                        parameter.main_grad.clone(),
-                        (getattr(parameter, "partition_dim", 0), count),
-                    )
+                    split = (getattr(parameter, "partition_dim", 0), count)
+                    for part, gradient in global_parts(name, parameter.main_grad, chunk.module):
+                        self.gradients[part] = (gradient.clone(), split)
         return self.optimizer.step()
 
 
@@ -97,7 +97,12 @@ def run(job):
     mesh.check_topology(parallel, mesh.world_size())
     model = ModelConfig(**{**SMALL, **job.get("model", {})})
     chunks = build_chunks(
-        model, max_length=job["length"], seed=3, parallel=parallel, recompute=job.get("recompute", "none")
+        model,
+        max_length=job["length"],
+        seed=3,
+        parallel=parallel,
+        recompute=job.get("recompute", "none"),
+        compute=ComputeConfig(**job.get("compute", {})),
     )
     for chunk in chunks:
         chunk.set_schedule(window=job["window"], hsa_window=job["hsa_window"], top_k=job["top_k"])
@@ -124,6 +129,7 @@ def run(job):
         "losses": [result.loss for result in results],
         "grad_norms": [result.grad_norm for result in results],
         "domains": [result.domain_losses for result in results],
+        "experts": [result.experts for result in results],
         "gradients": gradients,
         "traffic": [counted for _, _, counted in gathered],
         "moved": moved,
@@ -180,8 +186,8 @@ def run_ranks(jobs, ranks, port, folder):
     processes = [context.Process(target=rank_main, args=(jobs, rank, ranks, port, folder)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    while any(process.is_alive() for process in processes):
-        multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()])
+    while alive := [process for process in processes if process.is_alive()]:  # one list: an empty one waits for ever
+        multiprocessing.connection.wait([process.sentinel for process in alive])
         if any(process.exitcode for process in processes):
             for process in processes:
                 process.kill()

@@ -41,6 +41,13 @@ LAYOUTS = {
         "pipeline, attention recomputed": {"parallel": {"pipeline": 2}, "recompute": "selective", **FEW},
         "interleaved pipeline": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "micro_batch": 1},
         "expert": {"parallel": {"expert": 2}},
+        "expert, one after the other": {"parallel": {"expert": 2}, "compute": {"grouped_experts": "off"}, **FEW},
+        "tensor, logits in chunks": {
+            "parallel": {"tensor": 2}, "micro_batch": 4, "compute": {"loss": "chunked", "loss_chunk": 48}, **FEW,
+        },
+        "tensor, DeepSpeed's loss and tiles": {
+            "parallel": {"tensor": 2}, "micro_batch": 4, "compute": {"loss": "deepspeed", "tiled_mlp": 3}, **FEW,
+        },
         "data": {"parallel": {}},
     },
     3: {
@@ -80,7 +87,11 @@ CASES = [(ranks, name) for ranks, layouts in LAYOUTS.items() for name in layouts
 
 def reference_of(job):
     """The name and the job of one rank that a layout is compared with; several layouts share one."""
-    same = {key: value for key, value in job.items() if key not in ("parallel", "micro_batch", "recompute", "steps")}
+    same = {
+        key: value
+        for key, value in job.items()
+        if key not in ("parallel", "micro_batch", "recompute", "steps", "compute")
+    }
     same |= {"steps": BASE["steps"], "micro_batch": 4, "parallel": {}}
     return json.dumps(same, sort_keys=True), same
 
@@ -122,6 +133,8 @@ def test_a_layout_equals_one_rank(results, ranks, layout):
     assert spread["grad_norms"][0] == pytest.approx(single["grad_norms"][0], rel=1e-4)
     for ours, theirs in zip(spread["domains"], single["domains"], strict=False):
         assert ours == pytest.approx(theirs, rel=1e-5)
+    for ours, theirs in zip(spread["experts"], single["experts"], strict=False):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
     assert spread["gradients"].keys() == single["gradients"].keys()
     for name, expected in single["gradients"].items():
         difference = (spread["gradients"][name] - expected).norm() / expected.norm().clamp_min(1e-12)
