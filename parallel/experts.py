@@ -42,7 +42,9 @@ class _StackedLinear(nn.Module):
     def __init__(self, experts: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs, dtype=dtype))
-        self.weight.stacked_experts = True  # type: ignore[attr-defined]
+        # Gradient norms count it on every tensor-parallel rank: each has the experts of its own expert-parallel group.
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.weight.partition_dim, self.weight.partition_stride = 0, 1  # type: ignore[attr-defined]
 
 
 class StackedExperts(MegatronModule):
@@ -129,6 +131,19 @@ def experts_spec(model: ModelConfig, dtype: torch.dtype, choice: str) -> ModuleS
     return ModuleSpec(module=StackedExperts, params={"grouped": choice != "off" and fits})
 
 
+def stacked_weights(experts: nn.Module) -> tuple[Tensor, Tensor]:
+    """All experts' weights of a layer as (experts, 2 * width, hidden) and (experts, hidden, width), without gradient:
+    the parameters themselves, copies where Transformer Engine holds them one by one.
+    """
+    if isinstance(experts, StackedExperts):
+        return experts.linear_fc1.weight.detach(), experts.linear_fc2.weight.detach()
+    first, second = (
+        torch.stack([getattr(getattr(experts, name), f"weight{i}").detach() for i in range(experts.num_local_experts)])
+        for name in ("linear_fc1", "linear_fc2")
+    )
+    return first, second
+
+
 def describe_experts(chunks: Sequence[nn.Module]) -> str:
     """In a few words, how this rank's routed experts are computed; "" where it has none."""
     for module in (module for chunk in chunks for module in chunk.modules()):
@@ -149,7 +164,7 @@ def expert_parts(name: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
 
     Names are those of one module per expert: `...experts.local_experts.N.linear_fc1.weight`.
     """
-    stacked = re.fullmatch(r"(.*\.experts\.)(linear_fc[12]\.weight)(\d*)", name)
+    stacked = re.fullmatch(r"(.*\bexperts\.)(linear_fc[12]\.weight)(\d*)", name)
     if stacked is None:
         yield name, values
     elif stacked[3]:  # Transformer Engine: weight0, weight1, ..

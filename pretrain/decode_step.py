@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hsa_kernels import ops
 from parallel.compat import MoELayer, apply_rotary_pos_emb
+from parallel.experts import stacked_weights
 from parallel.layers import DecoderLayer, KeysAndValues
 from pretrain.context_store import ContextStore
 from pretrain.model import HSAModel
@@ -55,7 +56,11 @@ class DecodeStep:
                 size = hsa_window if layer.has_hsa else window
                 self.rings[layer.layer_number] = parameter.new_zeros(3, batch, sizes.swa_kv_heads, size, sizes.head_dim)
         self.experts = (
-            {layer.layer_number: stacked_experts(layer.mlp) for layer in self.layers if isinstance(layer.mlp, MoELayer)}
+            {
+                layer.layer_number: stacked_weights(layer.mlp.experts)
+                for layer in self.layers
+                if isinstance(layer.mlp, MoELayer)
+            }
             if static_experts
             else {}
         )
@@ -199,20 +204,3 @@ class DecodeStep:
 def _swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return nn.functional.silu(gate) * up
-
-
-def stacked_experts(moe: MoELayer) -> tuple[Tensor, Tensor]:
-    """All experts' weights as (E, 2 * width, hidden) and (E, hidden, width). The parameters become views of them, so
-    nothing is kept twice.
-    """
-    stacks = []
-    for name in ("linear_fc1", "linear_fc2"):
-        weights = [getattr(expert, name).weight for expert in moe.experts.local_experts]
-        base = getattr(weights[0], "stacked", None)
-        if base is None or any(w.data_ptr() != base[i].data_ptr() for i, w in enumerate(weights)):
-            base = torch.stack([w.data for w in weights])
-            for i, weight in enumerate(weights):
-                weight.data = base[i]
-            weights[0].stacked = base
-        stacks.append(base)
-    return stacks[0], stacks[1]

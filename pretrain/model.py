@@ -90,7 +90,6 @@ def transformer_config(
         kv_channels=model.head_dim,
         layernorm_epsilon=model.norm_eps,
         normalization="RMSNorm",
-        qk_layernorm=True,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         bias_activation_fusion=torch.cuda.is_available() and not model.num_experts,  # compiled by Megatron
@@ -164,6 +163,9 @@ class HSAModel(LanguageModule):
         self.rotary_pos_emb = RotaryEmbedding(
             kv_channels=model.head_dim, rotary_percent=1.0, rotary_base=model.rope_base, cp_group=groups.cp
         )
+        # Layers with norms of queries and keys may only be built with this on (Megatron 0.19). Left on, Megatron would
+        # sum the gradients of these gains over tensor-parallel ranks a second time.
+        config.qk_layernorm = True
         self.decoder = TransformerBlock(
             config=config,
             spec=decoder_specs(
@@ -179,6 +181,7 @@ class HSAModel(LanguageModule):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        config.qk_layernorm = False
         if self.post_process:
             self.output_layer = ColumnParallelLinear(
                 model.hidden_size,

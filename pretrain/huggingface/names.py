@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from parallel.experts import expert_parts
 from parallel.model_config import ModelConfig
 
 _PARTS = {
@@ -77,6 +78,9 @@ def _in_layer(rest: str, x: Tensor, kv_heads: int, model: ModelConfig) -> Iterat
         yield _IN_LAYER[rest], x
     elif rest == "self_attention.linear_qkv.weight":
         yield from zip([f"attention.{part}_proj.weight" for part in "qkv"], split_qkv(x, kv_heads, model), strict=True)
+    elif rest.startswith("mlp.experts.linear_fc"):
+        for expert, values in expert_parts(rest, x):
+            yield from _in_layer(expert, values, kv_heads, model)
     elif match := re.fullmatch(
         r"mlp\.(?:experts\.local_experts\.(\d+)\.|(shared_experts)\.)?linear_fc([12])\.weight", rest
     ):
@@ -108,7 +112,10 @@ def from_exported(name: str, ours: Tensor, model: ModelConfig, folder: Mapping[s
     """The value of our tensor `name` (shaped like `ours`) out of a folder's tensors. KeyError names a missing one."""
     names = [exported for exported, _ in to_exported(name, ours, model)]
     parts = [folder[exported] for exported in names]
-    if len(parts) == 3:
+    if name.endswith("linear_qkv.weight"):
         heads = model.num_heads if ".encoder." in name else model.swa_kv_heads
         return join_qkv(parts[0], parts[1], parts[2], heads)
+    if ours.dim() == 3:  # gate and up, or down, of every expert
+        width = len(parts) // ours.shape[0]
+        return torch.stack([torch.cat(parts[i : i + width]) for i in range(0, len(parts), width)])
     return torch.cat(parts) if len(parts) == 2 else parts[0]
