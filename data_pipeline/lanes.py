@@ -106,7 +106,7 @@ class _Lane:
     def take(self, limit: int, fit: bool = False) -> tuple[int, np.ndarray, int]:
         """(domain, 1..limit tokens, next token or -1) from the domain furthest behind its share of tokens that may
         still be read; ``fit``: a whole document if one fits."""
-        due = self._due
+        due, failed = self._due, 0
         while True:
             lowest = min(due)
             best = due.index(lowest)
@@ -117,6 +117,9 @@ class _Lane:
                 if not self._stream._skip or not cursor.reading:
                     raise
                 self._count_skipped(cursor.domain, cursor.skip(), error)
+                failed += 1
+                if failed > cursor.domain.documents:
+                    raise DataError(f"no document of domain {cursor.domain.name} can be read: {error}") from error
                 continue
             if piece is None:
                 if lowest == math.inf:

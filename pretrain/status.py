@@ -61,11 +61,13 @@ def collect(run_dir: RunDir) -> dict[str, Any]:
     finished = bool(run.get("finished"))
     productive, last = 0.0, None
     recent: list[float] = []
+    skipped: list[tuple[str, int]] = []
     for record in metrics_log.read(run_dir.metrics_path):
         if missing := [key for key in metrics_log.REQUIRED if key not in record]:
             raise RunDirError(f"{run_dir.metrics_path} is damaged at step {record['step']}: no {', '.join(missing)}")
         productive += record["step_seconds"]
         recent = [*recent[-_ETA_STEPS + 1 :], record["step_seconds"]]
+        skipped = record.get("skipped", skipped)
         last = record
     jobs = _jobs(run_dir)
     writer = run_dir.writer()
@@ -100,6 +102,7 @@ def collect(run_dir: RunDir) -> dict[str, Any]:
         "jobs": jobs,
         "mlflow": run.get("mlflow") or None,
         "unsent_steps": unsent(run_dir),
+        "skipped": dict(skipped),
     }
 
 
@@ -121,6 +124,8 @@ def render(status: dict[str, Any]) -> str:
         ("goodput", "unknown" if goodput is None else f"{100 * goodput:.1f}% of the time since it began"),
         ("restarts", f"{status['restarts']}" + (f", {status['changes']} recipe changes" if status["changes"] else "")),
     ]
+    for file, count in status["skipped"].items():
+        rows.append(("skipped", f"{count} documents of {file} that could not be read"))
     for job in status["jobs"]:
         rows.append(("job", f"{job['id']} {job['stage']}: {job['state'] or 'not in the queue'}"))
     if status["mlflow"] and status["mlflow"].get("run_id"):

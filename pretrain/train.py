@@ -148,6 +148,7 @@ class Training:
         self._cleanup = contextlib.ExitStack()
         self._prober: Any = None
         self._skipped = 0  # updates in a row
+        self._unreadable: dict[str, int] = {}  # documents that no rank could read, by shard
 
     def __enter__(self) -> Training:
         try:
@@ -318,10 +319,17 @@ class Training:
                 batch = stream.next_batch()
                 waited = time.perf_counter() - started
                 rate = self._set_learning_rate()
-                result = step(batch, self.micro_batch, wants_stop=self.stop.received is not None)
+                unreadable = stream.skipped()
+                result = step(
+                    batch,
+                    self.micro_batch,
+                    wants_stop=self.stop.received is not None,
+                    skipped=sum(unreadable.values()),
+                )
                 controller.advance()
                 self.lanes = stream.state_dict()
-                self._log(stage, result, rate, time.perf_counter() - started, waited)
+                grown = self._name_unreadable(result.skipped, unreadable)
+                self._log(stage, result, rate, time.perf_counter() - started, waited, grown)
                 self._count_skipped(result.updated)
                 metric = self._probe(stage) if controller.probe_due() else None
                 leaving = controller.exit_reason(metric)
@@ -421,7 +429,7 @@ class Training:
             group["weight_decay"] = group["wd_mult"] * self.recipe.optimizer.weight_decay
         return self.recipe.optimizer.lr * factor
 
-    def _log(self, stage: StageConfig, result: Any, rate: float, seconds: float, waited: float) -> None:
+    def _log(self, stage: StageConfig, result: Any, rate: float, seconds: float, waited: float, grown: bool) -> None:
         if not self.is_writer:
             return
         position = self.controller.position
@@ -436,12 +444,34 @@ class Training:
             "data_wait_seconds": waited,
             **{f"loss/{name}": loss for name, loss in result.domain_losses.items()},
             **result.experts,
+            **{f"loss_from/{position}": loss for position, loss in result.position_losses.items()},
         }
+        if result.skipped:
+            record["skipped_documents"] = result.skipped
+        if grown:
+            record["skipped"] = sorted(self._unreadable.items())
         if not result.updated:
             self.console.say(f"step {position.step}: gradient norm {result.grad_norm}, the update was skipped")
         self.metrics.append(record)
         self.console.step(record)
         self.tracker.step_logged()
+
+    def _name_unreadable(self, documents: int, own: dict[str, int]) -> bool:
+        """Say which shards' documents were left out if there are more than before; all ranks know whether there are."""
+        from parallel import mesh
+
+        if documents == sum(self._unreadable.values()):
+            return False
+        by_rank = dict(mesh.gather_objects((mesh.data_rank(), own)))
+        found: dict[str, int] = {}
+        for shards in by_rank.values():
+            for file, count in shards.items():
+                found[file] = found.get(file, 0) + count
+        for file, count in found.items():
+            if more := count - self._unreadable.get(file, 0):
+                self.console.say(f"skipped {more} documents of {file} that cannot be read, {count} in all")
+        self._unreadable = found
+        return True
 
     def _count_skipped(self, updated: bool) -> None:
         """A single bad batch is skipped; a run whose gradients stay broken must not burn its nodes."""

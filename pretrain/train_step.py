@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import PackedBatch
+from parallel import mesh
 from parallel.compat import DistributedDataParallel, finalize_model_grads, get_forward_backward_func, parallel_state
 from parallel.context import local_slice
 from parallel.router import LoadStatistics
 from parallel.tensor import sum_partial_gradients
 from pretrain.model import HSAModel
+from pretrain.step_sums import StepSums, document_positions
 
 _FIELDS = ("tokens", "labels", "loss_weights", "documents", "domains")
 
@@ -31,14 +33,18 @@ class StepResult:
     """What one step says of itself, over all ranks.
 
     loss: the objective, nats per weighted token. domain_losses: plain mean nll per domain name, for domains that had
-    tokens. stop: number of ranks that want to stop. updated: False when the gradient norm was not finite and the
-    weights stayed as they were. experts: loads of the experts' layers by metric name.
+    tokens. position_losses: the same by how many tokens of its document stand before a token in its sequence; the key
+    is the least position of a group, 0, 16, 32, 64, ... stop: number of ranks that want to stop. skipped: documents
+    that could not be read, since the run began. updated: False when the gradient norm was not finite and the weights
+    stayed as they were. experts: loads of the experts' layers by metric name.
     """
 
     loss: float
     grad_norm: float
     domain_losses: dict[str, float]
+    position_losses: dict[int, float]
     stop: int
+    skipped: int
     updated: bool
     experts: dict[str, float] = field(default_factory=dict)
 
@@ -59,17 +65,18 @@ class TrainStep:
         self.context = parallel_state.get_context_parallel_group()
         self.config.finalize_model_grads_func = self._finalize
         self.loads = LoadStatistics(self.chunks, self.config) if self.config.num_moe_experts else None
-        self._sums = torch.zeros(0)
+        self._sums: StepSums  # of the step that is going on
         self._loads = torch.zeros(0, dtype=torch.float64, device=device)
 
-    def __call__(self, batch: PackedBatch, micro_batch: int, *, wants_stop: bool) -> StepResult:
+    def __call__(self, batch: PackedBatch, micro_batch: int, *, wants_stop: bool, skipped: int = 0) -> StepResult:
         """Train on this data-parallel rank's share of a global batch; the step's numbers are those of the global batch.
 
-        All ranks that hold a part of one model copy or of one sequence are given the same batch.
+        All ranks that hold a part of one model copy or of one sequence are given the same batch. skipped: documents
+        that this rank's lanes have had to skip since the run began.
         """
-        # weighted loss, weights, wish to stop, then nll and tokens per domain
-        self._sums = torch.zeros(3 + 2 * len(self.domains), dtype=torch.float64, device=self.device)
-        self._sums[2] = float(wants_stop)
+        self._sums = StepSums(self.domains, batch.tokens.shape[1], self.device)
+        copies = mesh.world_size() // mesh.data_size()  # ranks that were given the same batch
+        self._sums.say(wants_stop=wants_stop, skipped=skipped / copies)
         count = batch.tokens.shape[0] // micro_batch
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -85,12 +92,11 @@ class TrainStep:
         )
         updated, grad_norm, _zeros = self.optimizer.step()
         # Everything the step says comes to the host in one copy.
-        read = torch.cat((self._sums, self._loads)).tolist()
-        sums, loads = read[: len(self._sums)], read[len(self._sums) :]
-        domain = sums[3:]
-        losses = {name: domain[2 * i] / domain[2 * i + 1] for i, name in enumerate(self.domains) if domain[2 * i + 1]}
+        read = torch.cat((self._sums.values, self._loads)).tolist()
+        sums, loads = read[: len(self._sums.values)], read[len(self._sums.values) :]
+        loss, stop, all_skipped, by_domain, by_position = self._sums.read(sums)
         experts = {} if self.loads is None else self.loads.metrics([loads[i : i + 4] for i in range(0, len(loads), 4)])
-        return StepResult(sums[0] / max(sums[1], 1e-9), float(grad_norm), losses, round(sums[2]), updated, experts)
+        return StepResult(loss, float(grad_norm), by_domain, by_position, stop, all_skipped, updated, experts)
 
     def _micro_batches(self, batch: PackedBatch, size: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, batch.tokens.shape[0], size):
@@ -110,15 +116,9 @@ class TrainStep:
         weights = micro["loss_weights"]
         weighted = (losses * weights).sum()
         with torch.no_grad():
-            counted = weights > 0
-            self._sums[0] += weighted.double()
-            self._sums[1] += weights.double().sum()
-            # One masked row per domain: picking the counted tokens out would make the host wait for the device.
-            ids = torch.arange(len(self.domains), device=losses.device)[:, None]
-            own = ((micro["domains"].flatten() == ids) & counted.flatten()).double()
-            self._sums[3::2] += own @ losses.detach().flatten().double()
-            self._sums[4::2] += own.sum(1)
-        return weighted, counted.sum().to(torch.int), {}
+            positions = local_slice(document_positions(micro["documents"]), self.context)
+            self._sums.add(weighted, losses, weights, micro["domains"], positions)
+        return weighted, (weights > 0).sum().to(torch.int), {}
 
     def _finalize(self, model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Megatron's reduction of gradients, then ours: divide by the global sum of weights."""
@@ -126,12 +126,13 @@ class TrainStep:
         finalize_model_grads(model, None, **kwargs)
         sum_partial_gradients(model)
         if parallel_state.get_tensor_model_parallel_rank() > 0:
-            self._sums[:2] = self._sums[3:] = 0  # the same tokens as on the first of these ranks
-        total = torch.cat((self._sums, loads))
+            self._sums.forget_tokens()  # the same ones as on the first of these ranks
+        total = torch.cat((self._sums.values, loads))
         torch.distributed.all_reduce(total)
-        self._sums, loads = total.split((len(self._sums), len(loads)))
+        sums, loads = total.split((len(self._sums.values), len(loads)))
+        self._sums.values.copy_(sums)
         if self.loads is not None:
             self._loads = self.loads.summary(loads).flatten()
-        scale = (1.0 / self._sums[1].clamp_min(1e-9)).float()  # stays on the device
+        scale = (1.0 / sums[1].clamp_min(1e-9)).float()  # stays on the device
         for chunk in model:
             chunk.scale_gradients(scale)

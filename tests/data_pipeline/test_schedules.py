@@ -278,3 +278,16 @@ def test_unreadable_documents_are_skipped_named_and_counted(data, numbered, tmp_
     with pytest.raises(DataError, match="is damaged"):
         for _ in range(1000):
             stopping.next_arrays()
+
+
+def test_a_domain_of_which_nothing_can_be_read_ends_the_run(numbered, tmp_path) -> None:
+    """Also by ``skip``: a lane would look for a readable document forever."""
+    folder = Path(shutil.copytree(numbered, tmp_path / "damaged"))
+    shards = ShardSet(folder)
+    for number, file in enumerate(shards.shard_files):
+        content = bytearray(file.read_bytes())
+        for row in np.flatnonzero(shards.index["shard"] == number):
+            content[int(shards.index[row]["offset"])] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(DataError, match="no document of domain numbers can be read: .*another checksum"):
+        open_numbers(folder, 64, unreadable="skip").next_arrays()

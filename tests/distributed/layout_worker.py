@@ -130,6 +130,7 @@ def run(job):
         "grad_norms": [result.grad_norm for result in results],
         "domains": [result.domain_losses for result in results],
         "experts": [result.experts for result in results],
+        "positions": [result.position_losses for result in results],
         "gradients": gradients,
         "traffic": [counted for _, _, counted in gathered],
         "moved": moved,

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from pretrain import status
+from pretrain import metrics_log, status
 from pretrain.errors import RunDirError
 from pretrain.metrics_log import MetricsLog
 from pretrain.run_dir import RunDir
@@ -177,3 +177,18 @@ def test_broken_directories_are_named(run, tmp_path, capsys):
 def test_send_without_tracking_is_refused(run, capsys):
     with pytest.raises(RunDirError, match=r"not tracked"):
         asked(run, capsys, "--send")
+
+
+def test_shards_that_cannot_be_read_are_named_and_counted(run, capsys):
+    assert as_json(run, capsys)["skipped"] == {}
+    train(run, 2)
+    log = MetricsLog(run.metrics_path, resume_step=2)
+    (record,) = metrics_log.read(run.metrics_path, after=1)
+    skipped = {"/data/web-000003.tar": 7, "/data/web-000009.tar": 1}
+    log.append({**record, "step": 3, "skipped_documents": 8, "skipped": list(skipped.items())})
+    log.append({**record, "step": 4, "skipped_documents": 8})
+    log.close()
+    assert as_json(run, capsys)["skipped"] == skipped
+    text = asked(run, capsys)
+    assert "skipped    7 documents of /data/web-000003.tar that could not be read" in text
+    assert text.count("could not be read") == 2
