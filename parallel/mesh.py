@@ -26,6 +26,7 @@ T = TypeVar("T")
 class ParallelConfig:
     """Sizes of the parallel forms, as written under ``parallel:`` in a recipe.
 
+    ``data`` is what the number of ranks leaves for data parallelism; a number here is only checked against it.
     ``sequence`` splits norms and residuals over the tensor-parallel ranks (null: wherever there are several);
     ``virtual_pipeline`` is the number of model chunks of each pipeline rank (1: no interleaving);
     ``balance_selection`` shares the scoring of chunks out evenly over the context-parallel ranks (null: where it saves
@@ -37,6 +38,7 @@ class ParallelConfig:
     context: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
+    data: int | None = None
     sequence: bool | None = None
     balance_selection: bool | None = None
 
@@ -97,6 +99,11 @@ def check_topology(
             f"{_nearest(parallel.model_ranks, _divisors(world_size))}"
         )
     data = world_size // parallel.model_ranks
+    if parallel.data is not None and parallel.data != data:
+        raise TopologyError(
+            f"parallel.data={parallel.data}, but {world_size} ranks / ({product}) leave {data}; leave parallel.data "
+            f"out, or start {parallel.data * parallel.model_ranks} ranks"
+        )
     if parallel.sequence and parallel.tensor == 1:
         raise TopologyError("parallel.sequence=true needs parallel.tensor of at least 2")
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:

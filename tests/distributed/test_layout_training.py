@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pretrain.cli import main
 from tests.conftest import losses
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -24,17 +25,40 @@ def assert_same_losses(run_dir, reference):
         assert norm == pytest.approx(expected_norm, rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_wanders_through_layouts(tiny_recipe, hsa, tmp_path, optimizer):
-    """Each start has another layout and goes on from the checkpoint of the one before."""
+def evaluated(checkpoint, tmp_path, capsys):
+    """Held-out loss and continuation of a prompt, by `hsa eval ppl` and `hsa generate` in this process."""
+    out, prompt = tmp_path / "ppl.json", tmp_path / "prompt.txt"
+    assert main(["eval", "ppl", str(checkpoint), "--lengths", "64", "--samples", "4", "--json", str(out)]) == 0
+    prompt.write_text("The old house was")
+    capsys.readouterr()
+    assert main(["generate", str(checkpoint), "--prompt-file", str(prompt), "--max-new-tokens", "8"]) == 0
+    return json.loads(out.read_text())["contexts"][0]["nll"], capsys.readouterr().out
+
+
+# What a user types, and the last step that it trains.
+LEGS = {
+    "adamw": {"tensor": 3, "pipeline": 5, "context": 7, "expert": 9, "data": 11},
+    "muon": {"pipeline": 4, "tensor": 9},
+}
+
+
+@pytest.mark.parametrize("optimizer", LEGS)
+def test_a_run_wanders_through_layouts(tiny_recipe, hsa, tmp_path, capsys, optimizer):
+    """Each start has another layout and goes on from the checkpoint of the one before; one rank ends the run. Every
+    checkpoint says what that of one rank says.
+    """
     whole, wandering = tmp_path / "whole", tmp_path / "wandering"
-    name = f"optimizer.name={optimizer}"
-    train(hsa, tiny_recipe, whole, name, "micro_batch=1")
-    forms = ["parallel.tensor=2", "parallel.context=2", "parallel.pipeline=2", "parallel.expert=2"]
-    for limit, form in zip((3, 6, 9, 11), forms, strict=True):
-        train(hsa, tiny_recipe, wandering, name, "micro_batch=1", form, f"max_steps={limit}", ranks=2)
-    train(hsa, tiny_recipe, wandering, name, "micro_batch=1")
+    options = [f"optimizer.name={optimizer}", "micro_batch=1", "checkpoint.every_steps=1", "checkpoint.keep_last=20"]
+    train(hsa, tiny_recipe, whole, *options)
+    for form, limit in LEGS[optimizer].items():
+        train(hsa, tiny_recipe, wandering, *options, f"parallel.{form}=2", f"max_steps={limit}", ranks=2)
+    train(hsa, tiny_recipe, wandering, *options)
     assert_same_losses(wandering, whole)
+    for step in LEGS[optimizer].values():
+        name = f"checkpoints/step_{step:08d}"
+        (loss, text), (expected, same) = (evaluated(run / name, tmp_path, capsys) for run in (wandering, whole))
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert text and text == same
 
 
 @pytest.mark.parametrize("form", ["tensor", "context", "pipeline"])

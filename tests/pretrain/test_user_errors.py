@@ -68,6 +68,7 @@ def test_impossible_parallel_size(train, override, words):
 # which numbers clash and what works. The model is the large preset.
 IMPOSSIBLE = {
     "product": (24, ["parallel.tensor=16"], ["tensor 16", "does not divide 24 ranks", "16 or 32", "12 or 24"]),
+    "data": (64, ["parallel.tensor=4", "parallel.data=8"], ["parallel.data=8", "64 ranks", "leave 16", "start 32"]),
     "experts": (64, ["parallel.expert=32", "model.num_experts=48"], ["48 experts", "24 or 48"]),
     "ranks by experts": (64, ["parallel.expert=48"], ["parallel.expert=48", "64 ranks", "32 or 64"]),
     "layers": (64, ["parallel.pipeline=32", "parallel.expert=1"], ["32", "30 layers", "30"]),
