@@ -159,14 +159,18 @@ class InferenceEngine:
                     self.store.write(one, [row], positions[row] // size - 1)
             return logits
 
-    @torch.no_grad()
     def score(self, tokens: Tensor) -> Tensor:
         """Negative log-likelihood in nats of tokens[:, 1:], given all before them: (B, L) int64 -> (B, L - 1) float32.
 
         Starts from an empty state and leaves one behind. Rows may be padded on the right: nothing sees padding.
         """
+        return self.score_greedy(tokens)[0]
+
+    @torch.no_grad()
+    def score_greedy(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As `score`, and whether each token was the likeliest one, (B, L - 1) bool."""
         self.reset()
-        losses = []
+        losses, likeliest = [], []
         tokens = tokens.to(self.device)
         reading = Reading(tuple(range(tokens.shape[0])))
         self._reserve(tokens.shape[0], tokens.shape[1] // self.model.model.chunk_size, keep=False)
@@ -179,8 +183,9 @@ class InferenceEngine:
                 labels = tokens[:, start + 1 : start + 1 + part.shape[1]].transpose(0, 1)
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
                 losses.append(loss.view(labels.shape).transpose(0, 1))
+                likeliest.append((logits.argmax(-1) == labels).transpose(0, 1))
         self.reset()
-        return torch.cat(losses, dim=1)
+        return torch.cat(losses, dim=1), torch.cat(likeliest, dim=1)
 
     def readings(self) -> list[Reading]:
         """The state as it is between prompts: give it to `rewind` to come back, as often as wanted, until `reset` or a

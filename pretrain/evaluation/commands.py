@@ -10,6 +10,7 @@ from typing import Any
 
 from data_pipeline.wordings import VALUES
 from pretrain.errors import RecipeError, RunDirError
+from pretrain.evaluation import lm_eval_adapter
 from pretrain.evaluation.units import parse_lengths
 
 EXAMPLES = {
@@ -18,19 +19,24 @@ EXAMPLES = {
     "  hsa eval niah runs/demo --lengths 1x --distance 8w --samples 100",
     "ruler": "hsa eval ruler runs/demo --lengths 4k,64k --tasks niah_multiquery,variable_tracking",
     "ppl": "hsa eval ppl runs/demo --lengths 1x,4x data.held_out=novel.txt",
+    "lm-eval": "hsa eval lm-eval runs/demo --tasks lambada_openai --limit 100",
 }
 _HELP = {
     "niah": "Needle in a haystack: one fact in held-out text, by depth and length.",
     "ruler": "Many keys, 2 of 6 needles, variable tracking and copy, by length.",
     "ppl": "Perplexity of held-out text by position, beside a unigram model.",
 }
+_LM_EVAL = "Tasks of lm-evaluation-harness, by its own code (extra lm-eval)."
 _DEFAULT_LENGTHS = {"niah": "1x,4x,16x,64x", "ruler": "1x,4x,16x", "ppl": "1x,4x"}
 _LENGTH_HELP = "comma-separated tokens: 4096, 4k, 16m (binary), 4x (training contexts)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the three evaluations to the parser of ``hsa eval``."""
-    kinds = parser.add_subparsers(dest="evaluation", required=True, metavar="{niah,ruler,ppl}")
+    kinds = parser.add_subparsers(dest="evaluation", required=True, metavar="{niah,ruler,ppl,lm-eval}")
+    harness = kinds.add_parser("lm-eval", help=_LM_EVAL, description=_LM_EVAL, epilog=f"example: {EXAMPLES['lm-eval']}")
+    add_model_arguments(harness)
+    lm_eval_adapter.add_arguments(harness)
     for kind, help_ in _HELP.items():
         one = kinds.add_parser(
             kind,
@@ -188,6 +194,8 @@ def _top_k(text: str) -> int | None:
 
 def main(args: argparse.Namespace) -> int:
     """Run one evaluation; RecipeError, RunDirError and DataError for what the user can repair."""
+    if args.evaluation == "lm-eval":
+        return lm_eval_adapter.main(args)
     for name in ("samples", "batch", "depths", "haystacks"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
