@@ -31,7 +31,7 @@ class RaggedEngine(Protocol):
 
 
 class TextScorer:
-    """Answers requests with an engine. batch: requests at a time; token_budget: tokens of one batch with its padding."""
+    """Answers requests with an engine. batch: requests at a time; token_budget: tokens of a batch with its padding."""
 
     def __init__(self, engine: RaggedEngine, tokenizer: Any, *, batch: int = 16, token_budget: int = 1 << 18) -> None:
         self.engine, self.tokenizer = engine, tokenizer
