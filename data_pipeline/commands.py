@@ -9,7 +9,7 @@ import time
 from data_pipeline.array import array_of_environment, merge
 from data_pipeline.cleaning import DEDUP, MAX_DOCUMENT_BYTES
 from data_pipeline.errors import DataError
-from data_pipeline.inspecting import inspect, inspect_recipe, picture, tree
+from data_pipeline.inspecting import find, inspect, inspect_recipe, picture, tree
 from data_pipeline.shards import verify
 
 
@@ -77,9 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = command(
         "inspect",
         "Show domains, counts, lengths and fingerprints of token shards, or a recipe's mixes with shares and epochs.",
-        "hsa data inspect shards\n  hsa data inspect recipes/demo.yaml --picture mix.png",
+        "hsa data inspect shards\n  hsa data inspect demo --picture mix.png",
     )
-    show.add_argument("path", metavar="DIR|RECIPE.yaml")
+    show.add_argument("path", metavar="DIR|RECIPE", help="a folder of shards, a recipe's file, or a shipped one's name")
     show.add_argument("--json", action="store_true", help="machine-readable")
     show.add_argument("--picture", metavar="FILE", help="write a picture of lengths and epochs (PNG)")
 
@@ -111,9 +111,14 @@ def main(args: argparse.Namespace) -> int:
     elif args.data_command == "merge":
         merge(args.path)
     elif args.data_command == "inspect":
-        recipe = args.path.endswith((".yaml", ".yml"))
-        summary = inspect_recipe(args.path) if recipe else inspect(args.path)
+        path, recipe = find(args.path)
+        summary = inspect_recipe(path) if recipe else inspect(path)
         print(json.dumps(summary) if args.json else tree(summary))
+        if missing := summary.get("missing"):
+            raise DataError(
+                f"the data of {path} is not complete, missing: {', '.join(missing)}; make shards with `hsa data "
+                "tokenize SRC --out DIR --tokenizer T` (the demo's: `make demo`), or give other paths in the recipe"
+            )
         if args.picture:
             picture(summary, args.picture)
     else:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, MixEntry
 from data_pipeline.errors import DataError
 from data_pipeline.mix import Domain, mix_entries, open_mixes
+from data_pipeline.remote import is_remote
 from data_pipeline.shards import ShardSet
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -52,12 +53,29 @@ def _lengths(lengths: np.ndarray) -> dict[str, Any]:
     }
 
 
+def find(name: str) -> tuple[Path | str, bool]:
+    """What ``hsa data inspect NAME`` means, and whether it is a recipe: a recipe's file, a folder (or URL) of shards,
+    or the name of a shipped recipe, in this order."""
+    if name.endswith((".yaml", ".yml")):
+        return name, True
+    shipped = {file.stem: file for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml")}
+    if name in shipped and not (Path(name) / "manifest.json").is_file():
+        return shipped[name], True
+    if is_remote(name) or Path(name).exists():
+        return name, False
+    raise DataError(
+        f"nothing to inspect at {name}: there is no such folder of shards (made with `hsa data tokenize`) or recipe, "
+        f"and the recipes shipped are {', '.join(sorted(shipped))}"
+    )
+
+
 def inspect_recipe(path: str | Path) -> dict[str, Any]:
     """Every mix of a recipe (YAML) with the stages that draw from it, and per domain: share of the tokens, tokens,
     epochs over all stages, cap, fingerprint, lengths.
 
     Epochs assume that stages run to ``until.tokens`` (or ``max_tokens``) and that every sample reads its length of
-    text; self-copies read less.
+    text; self-copies read less. Without the recipe's data there are only names, paths, shares and tokens, and
+    ``missing`` lists what is not there.
     """
     from omegaconf import OmegaConf
 
@@ -70,7 +88,8 @@ def inspect_recipe(path: str | Path) -> dict[str, Any]:
         stages = [_stage(stage) for stage in plain["stages"]]
     except Exception as error:  # YAML, OmegaConf and a missing key each have their own
         raise DataError(f"{path} has no readable data part ({error}); give a folder of shards or a recipe") from error
-    opened = open_mixes(data, load_tokenizer(data.tokenizer))
+    missing = _missing(data)
+    opened = {} if missing else open_mixes(data, load_tokenizer(data.tokenizer))
     total: dict[str, float] = {}
     mixes: list[dict[str, Any]] = []
     for mix in [None, *data.mixes]:
@@ -82,27 +101,40 @@ def inspect_recipe(path: str | Path) -> dict[str, Any]:
         weights = sum(entry.weight for entry in entries)
         domains = []
         for entry in entries:
-            domain = Domain(entry, opened[entry.path], 0)
-            lengths = np.asarray(domain.shards.index["length"][domain.rows(np.arange(domain.documents))], np.int64)
             share = entry.weight / weights
-            total[entry.name] = total.get(entry.name, 0.0) + share * tokens / float(lengths.sum())
-            domains.append(
-                {
-                    "name": entry.name,
-                    "path": entry.path,
-                    "share": share,
-                    "tokens": share * tokens,
-                    "documents": domain.documents,
-                    "tokens_per_epoch": int(lengths.sum()),
-                    "epochs": share * tokens / float(lengths.sum()),
-                    "max_epochs": entry.max_epochs,
-                    "min_length": entry.min_length,
-                    "fingerprint": domain.identity,
-                    **_lengths(lengths),
-                }
-            )
+            facts = {"name": entry.name, "path": entry.path, "share": share, "tokens": share * tokens}
+            if not missing:
+                facts |= _facts(entry, opened[entry.path], share * tokens)
+                total[entry.name] = total.get(entry.name, 0.0) + facts["epochs"]
+            domains.append(facts)
         mixes.append({"name": mix, "stages": [s["name"] for s in users], "tokens": tokens, "domains": domains})
-    return {"path": str(path), "lanes": data.lanes, "packing": data.packing, "epochs": total, "mixes": mixes}
+    summary = {"path": str(path), "lanes": data.lanes, "packing": data.packing, "epochs": total, "mixes": mixes}
+    return {**summary, "missing": missing}
+
+
+def _facts(entry: MixEntry, shards: ShardSet, tokens: float) -> dict[str, Any]:
+    """What the shards say of a mix entry that is to give ``tokens`` tokens."""
+    domain = Domain(entry, shards, 0)
+    lengths = np.asarray(shards.index["length"][domain.rows(np.arange(domain.documents))], np.int64)
+    return {
+        "documents": domain.documents,
+        "tokens_per_epoch": int(lengths.sum()),
+        "epochs": tokens / float(lengths.sum()),
+        "max_epochs": entry.max_epochs,
+        "min_length": entry.min_length,
+        "fingerprint": domain.identity,
+        **_lengths(lengths),
+    }
+
+
+def _missing(data: DataConfig) -> list[str]:
+    """Folders of shards, and the tokenizer, that a recipe names and that are not there."""
+    paths = [entry.path for entries in (data.mix, *data.mixes.values()) for entry in entries]
+    folders = [
+        path for path in dict.fromkeys(paths) if not is_remote(path) and not (Path(path) / "manifest.json").is_file()
+    ]
+    tokenizer = data.tokenizer
+    return folders + ([] if is_remote(tokenizer) or Path(tokenizer).exists() else [tokenizer])
 
 
 def _stage(stage: Any) -> dict[str, Any]:
@@ -150,7 +182,12 @@ def _recipe_lines(summary: dict[str, Any]) -> Iterator[str]:
         bar = "   " if last else "│  "
         for count, domain in enumerate(mix["domains"]):
             end = count == len(mix["domains"]) - 1
-            facts = f"{domain['share']:.1%} = {domain['tokens']:,.0f} tokens, {domain['epochs']:.3g} epochs of "
+            facts = f"{domain['share']:.1%} = {domain['tokens']:,.0f} tokens"
+            if summary["missing"]:
+                gone = ", not there" if domain["path"] in summary["missing"] else ""
+                yield f"{bar}{'└─' if end else '├─'} {domain['name']}  {facts} from {domain['path']}{gone}"
+                continue
+            facts += f", {domain['epochs']:.3g} epochs of "
             facts += f"{domain['tokens_per_epoch']:,} in {domain['documents']:,} documents"
             if domain["min_length"]:
                 facts += f" of {domain['min_length']:,}+ tokens"
@@ -160,8 +197,9 @@ def _recipe_lines(summary: dict[str, Any]) -> Iterator[str]:
                     facts += " (reached: the rest of its share goes to the others)"
             yield f"{bar}{'└─' if end else '├─'} {domain['name']}  {facts}, fingerprint {domain['fingerprint'][:12]}"
             yield from _histogram(domain, domain["tokens_per_epoch"], bar + ("   " if end else "│  "))
-    epochs = ", ".join(f"{name} {n:.3g}" for name, n in summary["epochs"].items())
-    yield f"epochs over all stages: {epochs}"
+    if not summary["missing"]:
+        epochs = ", ".join(f"{name} {n:.3g}" for name, n in summary["epochs"].items())
+        yield f"epochs over all stages: {epochs}"
 
 
 def _histogram(domain: dict[str, Any], total: int, bar: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import bench, commands
+from data_pipeline import bench, commands, inspecting
 from data_pipeline.errors import DataError
 from data_pipeline.inspecting import inspect_recipe
 from data_pipeline.shards import ShardSet
@@ -67,6 +67,38 @@ def test_a_picture_of_shards(shards: Path, tmp_path: Path, capsys) -> None:
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(DataError, match="cannot write the picture"):
         run("inspect", str(shards), "--picture", str(tmp_path / "none" / "s.png"))
+
+
+@pytest.mark.parametrize("name", ["demo", "8b-a1b"])
+def test_a_shipped_recipe_by_name_without_its_data(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Shares and tokens are shown all the same, and one sentence says what is missing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HSA_DATA", str(tmp_path / "none"))
+    with pytest.raises(DataError, match=r"is not complete, missing: .*make shards with `hsa data tokenize") as error:
+        run("inspect", name)
+    text = capsys.readouterr().out
+    assert "default mix" in text and "books" in text and "not there" in text and "%" in text
+    for path in {line.split(" from ")[1].removesuffix(", not there") for line in text.splitlines() if " from " in line}:
+        assert path in str(error.value)
+
+
+def test_a_shipped_recipe_by_name_with_its_data(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """A folder called like a recipe is the folder."""
+    manifest = json.loads((shards / "manifest.json").read_text())
+    first = [d["name"] for d in manifest["domains"]][0]
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    recipe = RECIPE.format(path=shards)
+    (folder / "mine.yaml").write_text(recipe)
+    monkeypatch.setattr(inspecting, "__file__", str(tmp_path / "data_pipeline" / "inspecting.py"))
+    monkeypatch.chdir(tmp_path)
+    assert run("inspect", "mine") == 0
+    assert "epochs over all stages: tales" in capsys.readouterr().out
+    (tmp_path / "mine").symlink_to(shards)
+    assert run("inspect", "mine") == 0
+    assert f"─ {first}  " in capsys.readouterr().out
+    with pytest.raises(DataError, match="nothing to inspect at other: .* the recipes shipped are mine"):
+        run("inspect", "other")
 
 
 @pytest.mark.slow
