@@ -178,6 +178,8 @@ class ShardSet:
         self.tokens: int = manifest["tokens"]
         self.domains = [Domain(d["name"], d["first"], d["documents"], d["tokens"]) for d in manifest["domains"]]
         self.shard_files = [self.path / shard["file"] for shard in manifest["shards"]]
+        if not self.documents:
+            raise DataError(f"{self.path} holds no documents; {_REMAKE}")
         index_file = self.path / manifest["index"]["file"]
         if self._remote is None:
             for file, shard in zip(self.shard_files, manifest["shards"], strict=True):

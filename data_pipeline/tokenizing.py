@@ -20,6 +20,7 @@ import time
 from array import array as integers
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,11 @@ def _write_all(
                 say(
                     f"{shard['file']}: {shard['documents']:,} documents, {shard['tokens']:,} tokens ({tokens:,} so far)"
                 )
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenizing process was killed (out of memory?); the same command goes on from the shards that are done, "
+            "with fewer --workers or a smaller --shard-mb if memory is short"
+        ) from error
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from data_pipeline import shards as shards_module
 from data_pipeline.config import DEFAULT_TASKS, TASKS, DataConfig, MixEntry, SyntheticConfig
 from data_pipeline.errors import DataError
 from data_pipeline.lanes import BatchStream, open_stream
@@ -151,9 +153,12 @@ def open_numbers(numbered: Path, **changes) -> BatchStream:
     return open_(numbers(numbered), **{"lanes": 4, "batch": 8, "synthetic": {"rate": 0.0}, **changes})
 
 
+@pytest.mark.parametrize("kept", [1 << 18, 200], ids=["kept", "too long to keep"])
 @pytest.mark.parametrize("context", [16, 48, 512, 4096])
-def test_every_token_once_in_order_at_any_context(numbered: Path, context: int) -> None:
-    """40,000-token documents are split over sequences, one-token documents get a chunk; labels are the next tokens."""
+def test_every_token_once_in_order_at_any_context(numbered: Path, context: int, kept: int, monkeypatch) -> None:
+    """40,000-token documents are split over sequences (2,500 of the shortest), one-token documents get a chunk; labels
+    are the next tokens. Documents too long to be kept are read piece by piece."""
+    monkeypatch.setattr(shards_module, "WHOLE", kept)
     stream = open_numbers(numbered, context=context)
     batches = [stream.next_arrays() for _ in range(60_000 // (8 * context) + 3)]
     pad = stream.tokenizer.pad_id
@@ -227,6 +232,24 @@ def test_mix_follows_the_weights_in_tokens(data: DataConfig) -> None:
     assert np.abs(counts[:3] / counts.sum() - [0.5, 0.2, 0.3]).max() < 0.01
     epochs = stream.epochs()
     assert epochs["notes"] > 1 and set(epochs) == {"tales", "notes", "text"}
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_the_mix_of_ten_million_tokens_at_any_world_size(data: DataConfig, packing: str) -> None:
+    """Within 1 % of the weights, of all tokens, and the same to the token for 1, 2, 3 and 4 ranks."""
+    found = []
+    for ranks in (1, 2, 3, 4):
+        counts = np.zeros(3, dtype=np.int64)
+        for rank in range(ranks):
+            stream = open_(
+                dataclasses.replace(data, packing=packing), ranks, rank, context=8192, batch=12, synthetic={"rate": 0.0}
+            )
+            for _ in range(110):
+                batch = stream.next_arrays()
+                counts += np.bincount(batch["domains"][batch["tokens"] != stream.tokenizer.pad_id], minlength=3)
+        found.append(counts.tolist())
+    assert found[1:] == found[:1] * 3 and sum(found[0]) > 10e6
+    assert np.abs(np.array(found[0]) / sum(found[0]) - [0.5, 0.2, 0.3]).max() < 0.01
 
 
 def test_synthetic_rate_is_exact_and_weights_are_the_recipes(data: DataConfig) -> None:

@@ -18,7 +18,7 @@ from data_pipeline import shards as shards_module
 from data_pipeline.config import DataConfig, MixEntry
 from data_pipeline.errors import DataError
 from data_pipeline.lanes import BatchStream, open_stream
-from data_pipeline.shards import OPEN_FILES, OpenFiles, ShardSet, verify, write_manifest, write_shard
+from data_pipeline.shards import OPEN_FILES, OpenFiles, ShardSet, sha256_file, verify, write_manifest, write_shard
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 
@@ -97,6 +97,49 @@ def test_index_of_another_folder_does_not_train(copied: Path, shards: Path) -> N
         read_all(copied)
 
 
+def test_index_of_another_shard_does_not_train(copied: Path) -> None:
+    """Two shards of the folder change places in the index, or as files of the same size."""
+    index = np.load(copied / "index.npy")
+    swapped = index.copy()
+    swapped["shard"] = np.array([*range(2, index["shard"].max() + 1), 0, 1])[index["shard"]]
+    np.save(copied / "index.npy", swapped)
+    with pytest.raises(DataError, match="does not match its index|damaged|truncated"):
+        read_all(copied)
+    with pytest.raises(DataError):
+        verify(copied)
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_named(copied: Path) -> None:
+    shards = ShardSet(copied)
+    last = int(np.flatnonzero(shards.index["shard"] == shards.index["shard"][-1])[-1])
+    shards.document(last)
+    file = shards.shard_files[int(shards.index["shard"][last])]
+    os.truncate(file, int(shards.index["offset"][last]) + 2)
+    with pytest.raises(DataError, match=f"{file.name} is truncated at byte"):
+        shards.document(last)
+
+
+def test_empty_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A shard without documents is read over; a file of no bytes, and a folder without a document, are refused."""
+    shutil.copy(tokenizer.path, tmp_path / "tokenizer.json")
+    contents: list[list] = [[], [({}, np.array([5, 6, 0]))] * 40, []]
+    rows, files = [], []
+    for number, documents in enumerate(contents):
+        file = tmp_path / f"x-{number:06d}.tar"
+        rows.append(write_shard(file, documents, "uint16"))
+        files.append({"file": file.name, "domain": "x", "bytes": file.stat().st_size, "sha256": sha256_file(file)})
+    write_manifest(tmp_path, tokenizer, "uint16", files, rows, {})
+    assert verify(tmp_path)["documents"] == 40
+    read_all(tmp_path, batches=5)
+    (tmp_path / "x-000002.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="x-000002.tar is truncated: 0 bytes"):
+        read_all(tmp_path)
+    write_manifest(tmp_path, tokenizer, "uint16", files[:1], rows[:1], {})
+    for use in (read_all, verify):
+        with pytest.raises(DataError, match="holds no documents"):
+            use(tmp_path)
+
+
 def test_another_tokenizer_is_refused(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(train_bpe(["other text " * 30], 300), encoding="utf-8")
     with pytest.raises(DataError, match="made with another tokenizer.*set data.tokenizer to"):
@@ -125,8 +168,6 @@ def test_wrong_dtype_and_version_are_refused(copied: Path) -> None:
 def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     shutil.copy(tokenizer.path, tmp_path / "tokenizer.json")
     rows = write_shard(tmp_path / "x-000000.tar", [({}, np.array([5, 700, 0]))], "uint16")
-    from data_pipeline.shards import sha256_file
-
     file = tmp_path / "x-000000.tar"
     write_manifest(
         tmp_path,

@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import gzip
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import zstandard
 
 from data_pipeline import commands, tokenizing
 from data_pipeline.errors import DataError
-from data_pipeline.shards import ShardSet, dtype_for, sha256_file
+from data_pipeline.shards import ShardSet, dtype_for, sha256_file, verify
 from data_pipeline.sources import read_documents
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from data_pipeline.tokenizing import tokenize
@@ -163,6 +164,26 @@ if __name__ == "__main__":
     assert not out.exists()
     manifest = tokenize([corpus], out, str(shards), shard_bytes=8000, workers=1, quiet=True)
     assert manifest["documents"] == 71
+
+
+def test_a_killed_worker_is_one_message_and_nothing_is_half_written(
+    corpus: Path, tmp_path: Path, shards: Path, monkeypatch
+) -> None:
+    """SIGKILL of one of the worker processes; the same call then finishes with the shards of an unbroken one."""
+    wait, out = tokenizing.wait, tmp_path / "out"
+
+    def deadly(*args, **options):
+        multiprocessing.active_children()[0].kill()
+        return wait(*args, **options)
+
+    monkeypatch.setattr(tokenizing, "wait", deadly)
+    with pytest.raises(DataError, match="a tokenizing process was killed .* the same command goes on"):
+        tokenize([corpus], out, str(shards), shard_bytes=8000, workers=2, quiet=True)
+    monkeypatch.undo()
+    assert not out.exists() and not multiprocessing.active_children()
+    manifest = tokenize([corpus], out, str(shards), shard_bytes=8000, workers=1, quiet=True)
+    assert manifest["index"]["sha256"] == json.loads((shards / "manifest.json").read_text())["index"]["sha256"]
+    verify(out)
 
 
 def test_commands(corpus: Path, tmp_path: Path, capsys) -> None:
