@@ -22,6 +22,7 @@ from data_pipeline.config import DataConfig, MixEntry
 from data_pipeline.errors import DataError
 from data_pipeline.lanes import BatchStream, open_stream
 from data_pipeline.prefetch import PrefetchingStream
+from data_pipeline.readers import SharedReaders
 
 
 def open_(data: DataConfig) -> BatchStream:
@@ -100,6 +101,47 @@ def test_any_kills_of_reader_and_trainer(data: DataConfig, schedule) -> None:
         assert ahead.skipped() == {}
     finally:
         ahead.close()
+
+
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    jobs=st.lists(
+        st.tuples(st.sampled_from([(1, 3), (2, 2), (4, 1), (3, 1)]), st.integers(1, 3), st.booleans()),
+        min_size=2,
+        max_size=3,
+    )
+)
+def test_any_number_of_ranks_and_readers_gives_the_same_batches(data: DataConfig, jobs) -> None:
+    """Jobs of R ranks with some reader processes each, over 12 lanes: the global batches of a single reader, though a
+    reader of every job is killed on the way or the job is killed after its checkpoint."""
+    options = {"lanes": 12, "batch": 24, "context": 256, "chunk_size": 16, "seed": 5, "synthetic": {"rate": 0.4}}
+    plain = open_stream(data, lane_ids=range(12), **options)
+    state: dict | None = None
+    for (ranks, readers), batches, killed in jobs:
+        streams = [
+            SharedReaders(lambda ids: open_stream(data, lane_ids=ids, **options), range(r, 12, ranks), readers, 2)
+            for r in range(ranks)
+        ]
+        try:
+            for stream in streams:
+                stream.start(state)
+            for step in range(batches + killed):
+                if step == batches:  # trained after the checkpoint, and lost
+                    [stream.next_batch() for stream in streams]
+                    break
+                if step == 1:
+                    kill_reader(streams[0]._streams[-1])
+                expected, parts = plain.next_batch(), [stream.next_batch() for stream in streams]
+                for name in vars(expected):
+                    whole = torch.empty_like(getattr(expected, name)).view(12, 2, -1)
+                    for rank, part in enumerate(parts):
+                        whole[rank::ranks] = getattr(part, name).view(12 // ranks, 2, -1)
+                    assert torch.equal(whole.view(24, -1), getattr(expected, name))
+                state = {lane: position for stream in streams for lane, position in stream.state_dict().items()}
+            assert state == plain.state_dict()
+        finally:
+            for stream in streams:
+                stream.close()
 
 
 def test_reader_errors_arrive_as_they_are(data: DataConfig, shards: Path, tmp_path: Path) -> None:
