@@ -8,15 +8,29 @@ layer. The gradient comes back in the same form. Widths differ between stages, s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from parallel.model_config import ModelConfig
 
 
-def layer_costs(model: ModelConfig) -> list[float]:
-    """Weights of the products that a token passes in each decoder layer; the encoder's go to the layer owning it."""
-    h = model.hidden_size
+@dataclass(frozen=True)
+class Reach:
+    """Tokens that attention reads, for estimates of cost: the window of sliding-window layers, that inside HSA layers,
+    the chunks' tokens an HSA layer reads, and the context whose chunks it scores.
+    """
+
+    window: int = 512
+    hsa_window: int = 512
+    chunks: int = 4096
+    context: int = 16384
+
+
+def layer_costs(model: ModelConfig, reach: Reach) -> list[float]:
+    """Multiply-adds of one token in each decoder layer, forward; the encoder's are those of the layer that owns it."""
+    h, s = model.hidden_size, model.chunk_size
     query = model.num_heads * model.head_dim
     costs = []
     for layer, kind in enumerate(model.layer_kinds()):
@@ -26,21 +40,24 @@ def layer_costs(model: ModelConfig) -> list[float]:
             cost = 3.0 * h * active
         if "swa" in kind:
             cost += 2 * h * (query + model.swa_kv_heads * model.head_dim)
+            cost += 2 * query * (reach.hsa_window if "hsa" in kind else reach.window)
         if "hsa" in kind:
-            # Reading chunks costs about as much as the projections at the usual top-k.
-            cost += 2 * (2 * h * query + h * model.retrieval_dim)
+            cost += h * (2 * query + model.retrieval_dim) + 2 * query * reach.chunks
+            cost += model.retrieval_dim * reach.context / (2 * s)  # scores of the chunks before a token
         costs.append(cost)
     first = next(i for i, kind in enumerate(model.layer_kinds()) if "hsa" in kind)
-    costs[first] += model.encoder_layers * h * (4 * query + 3 * model.encoder_ffn_hidden_size)
+    encoder = h * (4 * query + 3 * model.encoder_ffn_hidden_size) + 2 * query * (s + 1)
+    memory = h * (2 * model.hsa_kv_heads * model.head_dim + model.retrieval_dim / s)
+    costs[first] += model.encoder_layers * encoder * (s + 1) / s + memory
     return costs
 
 
-def split_layers(model: ModelConfig, stages: int) -> list[int]:
+def split_layers(model: ModelConfig, stages: int, reach: Reach) -> list[int]:
     """Number of layers of each stage, first to last: at least one each, the dearest stage as cheap as possible.
 
-    The output layer's cost counts as part of the last stage.
+    The output layer's cost counts as part of the last stage; the embedding is a lookup.
     """
-    costs = layer_costs(model)
+    costs = layer_costs(model, reach)
     costs[-1] += model.vocab_size * model.hidden_size
     layers = len(costs)
     if stages > layers:
@@ -63,9 +80,9 @@ def split_layers(model: ModelConfig, stages: int) -> list[int]:
     return counts[::-1]
 
 
-def stage_layout(model: ModelConfig, stages: int) -> list[list[str]]:
+def stage_layout(model: ModelConfig, stages: int, reach: Reach) -> list[list[str]]:
     """The split in the words of Megatron's `pipeline_model_parallel_layout`."""
-    layout = [["decoder"] * count for count in split_layers(model, stages)]
+    layout = [["decoder"] * count for count in split_layers(model, stages, reach)]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout

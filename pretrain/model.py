@@ -32,7 +32,7 @@ from parallel.losses import chunked_cross_entropy, linear_cross_entropy
 from parallel.mesh import ParallelConfig
 from parallel.model_config import ModelConfig
 from parallel.optional import ComputeConfig, use_fused_gradients
-from parallel.pipeline import stage_layout
+from parallel.pipeline import Reach, stage_layout
 from parallel.tensor import mark_parameters, shard_of, whole_sequence, whole_shape
 
 
@@ -44,8 +44,11 @@ def transformer_config(
     recompute: str = "none",
     deterministic: bool = False,
     compute: ComputeConfig | None = None,
+    reach: Reach | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration for `model`. recompute: none | selective (attention only) | full (whole layers)."""
+    """Megatron's configuration for `model`. recompute: none | selective (attention only) | full (whole layers); reach:
+    what pipeline stages are cut by.
+    """
     parallel = parallel or ParallelConfig()
     compute = compute or ComputeConfig()
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -70,7 +73,9 @@ def transformer_config(
     if parallel.pipeline > 1:
         interleaved = parallel.virtual_pipeline > 1
         stages = dict(
-            pipeline_model_parallel_layout=stage_layout(model, parallel.pipeline * parallel.virtual_pipeline),
+            pipeline_model_parallel_layout=stage_layout(
+                model, parallel.pipeline * parallel.virtual_pipeline, reach or Reach()
+            ),
             variable_seq_lengths=True,  # the memory widens what later stages hand on
             moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, dense models included
             overlap_p2p_comm=interleaved,  # interleaved without overlap gives wrong numbers in Megatron 0.16
@@ -293,11 +298,20 @@ def build_chunks(
     recompute: str = "none",
     deterministic: bool = False,
     compute: ComputeConfig | None = None,
+    reach: Reach | None = None,
     device: torch.device | str = "cpu",
 ) -> list[HSAModel]:
-    """All of this rank's model chunks: one, or as many as an interleaved pipeline has virtual stages."""
+    """All of this rank's model chunks: one, or as many as an interleaved pipeline has virtual stages. reach: what its
+    stages are cut by.
+    """
     config = transformer_config(
-        model, parallel=parallel, bf16=bf16, recompute=recompute, deterministic=deterministic, compute=compute
+        model,
+        parallel=parallel,
+        bf16=bf16,
+        recompute=recompute,
+        deterministic=deterministic,
+        compute=compute,
+        reach=reach,
     )
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
     chunks = [_build_chunk(config, model, max_length, seed, device, stage, compute) for stage in stages]

@@ -1,8 +1,11 @@
-"""Whether a recipe can run on a number of ranks: one check for `hsa plan`, `hsa submit` and `hsa train`."""
+"""Whether a recipe can run on a number of ranks: one check for `hsa plan`, `hsa submit` and `hsa train`; and what its
+pipeline stages are cut by.
+"""
 
 from __future__ import annotations
 
 from parallel.mesh import check_micro_batches, check_topology
+from parallel.pipeline import Reach
 from pretrain.recipe import Recipe, StageConfig, effective_micro_batch
 
 
@@ -30,3 +33,15 @@ def check_stage(recipe: Recipe, stage: StageConfig, world_size: int, where: str 
     except ValueError as error:
         where = where or f"{world_size} rank{'s' if world_size > 1 else ''}"
         raise type(error)(f'stage "{stage.name}" on {where}: {error}') from error
+
+
+def reach_of(recipe: Recipe) -> Reach:
+    """What attention reads in the stage that trains on most tokens: pipeline stages are cut for it, once per start."""
+    stage = max(recipe.stages, key=lambda s: recipe.stage_steps(s) * recipe.stage_batch(s) * s.context)
+    context = stage.context
+    return Reach(
+        window=min(stage.window, context),
+        hsa_window=min(stage.hsa_window, context),
+        chunks=min(context, stage.top_k * recipe.model.chunk_size if stage.top_k else context),
+        context=context,
+    )

@@ -23,7 +23,7 @@ from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_b
 from pretrain.run_dir import RunDir, check_resume
 from pretrain.signals import StopRequest
 from pretrain.stages import Position, StageController
-from pretrain.topology import check_stage
+from pretrain.topology import check_stage, reach_of
 
 MAX_SKIPPED_UPDATES = 10
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped cleanly, wants to be started again
@@ -261,6 +261,7 @@ class Training:
             recompute=recipe.recompute,
             deterministic=deterministic,
             compute=recipe.compute,
+            reach=reach_of(recipe),
             device=self.device,
         )
         self.chunks = wrap_model(self.models, recipe.optimizer)

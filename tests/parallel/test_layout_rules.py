@@ -1,5 +1,7 @@
 """Stages by cost, the payload between stages, halos by distance, and what the mesh refuses of a model."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,37 +9,55 @@ from parallel.context import Exchange, halo_shares
 from parallel.errors import TopologyError
 from parallel.mesh import ParallelConfig, check_micro_batches, check_topology
 from parallel.model_config import ModelConfig
-from parallel.pipeline import join_payload, layer_costs, split_layers, split_payload, stage_layout
+from parallel.pipeline import Reach, join_payload, layer_costs, split_layers, split_payload, stage_layout
 from parallel.selection import balancing_pays, handed_over, scored_pairs
+from pretrain.recipe import load_recipe
+from pretrain.topology import reach_of
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=4, upper_layers=4, hsa_layers=2, num_heads=4,
     head_dim=8, swa_kv_heads=2, hsa_kv_heads=2, retrieval_heads=2, retrieval_dim=16, chunk_size=8,
     encoder_ffn_hidden_size=32,
 )  # fmt: skip
+REACH = Reach(window=32, hsa_window=16, chunks=64, context=256)
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
 def test_stages_hold_every_layer_once_and_none_is_empty(stages):
-    counts = split_layers(MODEL, stages)
+    counts = split_layers(MODEL, stages, REACH)
     assert len(counts) == stages and sum(counts) == MODEL.num_layers and min(counts) >= 1
 
 
 def test_the_dearest_stage_is_as_cheap_as_any_split_allows():
-    costs = layer_costs(MODEL)
+    costs = layer_costs(MODEL, REACH)
     costs[-1] += MODEL.vocab_size * MODEL.hidden_size
 
     def dearest(cuts):
         return max(sum(costs[a:b]) for a, b in zip((0, *cuts), (*cuts, 8), strict=True))
 
-    first, second, _ = split_layers(MODEL, 3)
+    first, second, _ = split_layers(MODEL, 3, REACH)
     best = min(dearest((i, j)) for i in range(1, 7) for j in range(i + 1, 8))
     assert dearest((first, first + second)) == pytest.approx(best)
     assert sum(costs[4:]) > sum(costs[:4]), "HSA layers, the encoder and the output layer make the upper half dearer"
 
 
+def test_stages_are_uneven_where_layers_are():
+    """Dear windows pull layers out of the first stage, dear HSA layers out of the last one."""
+    wide, deep = (Reach(window=window, hsa_window=16, chunks=chunks) for window, chunks in ((4096, 64), (16, 4096)))
+    assert split_layers(MODEL, 2, wide) == [3, 5] and split_layers(MODEL, 2, deep) == [5, 3]
+    large_encoder = dataclasses.replace(MODEL, encoder_ffn_hidden_size=1 << 12)
+    assert split_layers(large_encoder, 3, REACH) == [4, 1, 3]
+    large_head = dataclasses.replace(MODEL, vocab_size=1 << 20)
+    assert split_layers(large_head, 2, REACH) == [7, 1]
+
+
+def test_the_stage_with_most_tokens_says_where_to_cut():
+    reach = reach_of(load_recipe("8b-a1b").recipe)
+    assert reach == Reach(window=4096, hsa_window=512, chunks=4096, context=16384)
+
+
 def test_layout_names_embedding_and_loss_once():
-    layout = stage_layout(MODEL, 4)
+    layout = stage_layout(MODEL, 4, REACH)
     assert layout[0][0] == "embedding" and layout[-1][-1] == "loss"
     assert sum(row.count("decoder") for row in layout) == 8
 
