@@ -12,6 +12,7 @@ from typing import Any
 
 from parallel.model_config import ModelConfig, ParameterCount, count_parameters
 from parallel.optional import describe
+from pretrain.memory_plan import memory_per_gpu
 from pretrain.recipe import Recipe, StageConfig, load_recipe
 from pretrain.topology import check_stage
 
@@ -49,47 +50,6 @@ def stage_flops_per_token(model: ModelConfig, stage: StageConfig) -> float:
     return flops_per_token(
         model, context=stage.context, window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k
     )
-
-
-def memory_per_gpu(recipe: Recipe, stage: StageConfig, gpus: int) -> dict[str, float]:
-    """Bytes per GPU by part, an estimate: weights, gradients (fp32), optimizer, activations, context memory.
-
-    Activations assume no recomputation unless the recipe asks for it, and count what a layer must keep for its
-    backward.
-    """
-    model, parallel = recipe.model, recipe.parallel
-    counts = count_parameters(model)
-    expert_parameters = 0
-    if model.num_experts:
-        layers = sum(model.uses_experts(layer) for layer in range(model.num_layers))
-        expert_parameters = layers * model.num_experts * 3 * model.hidden_size * model.expert_ffn_hidden_size
-    dense = (counts.total - expert_parameters) / (parallel.tensor * parallel.pipeline)
-    held = dense + expert_parameters / (parallel.expert * parallel.pipeline)
-    width = 2 if recipe.precision == "bf16" else 4
-    data = max(1, gpus // (parallel.tensor * parallel.context * parallel.pipeline))
-    # AdamW: fp32 master weights (bf16 runs only) and two moments; the distributed optimizer shares them out over the
-    # ranks that hold the same parameter.
-    state = (12 if recipe.precision == "bf16" else 8) * (
-        dense / data + expert_parameters / (parallel.expert * parallel.pipeline) / max(1, data // parallel.expert)
-    )
-    micro = stage.micro_batch or recipe.micro_batch or max(1, recipe.stage_batch(stage) // data)
-    tokens = micro * stage.context / parallel.context
-    mlp = 3 * model.ffn_hidden_size
-    if model.num_experts:
-        mlp = 3 * (model.experts_per_token * model.expert_ffn_hidden_size + model.shared_expert_ffn_hidden_size)
-    query = model.num_heads * model.head_dim
-    kept = {"full": model.hidden_size, "selective": 8 * model.hidden_size + 3 * query + mlp}.get(
-        recipe.recompute, 8 * model.hidden_size + 4 * query + mlp
-    )
-    memory_width = 2 * model.hsa_kv_heads * model.head_dim + model.retrieval_dim / model.chunk_size
-    return {
-        "weights": width * held,
-        "gradients": 4.0 * held,
-        "optimizer": state,
-        "activations": width * tokens * kept * model.num_layers / (parallel.pipeline * parallel.tensor),
-        "context memory": width * micro * stage.context * memory_width,
-        "logits": (4 + width) * tokens * model.vocab_size / parallel.tensor,
-    }
 
 
 def plan(recipe: Recipe, *, gpus: int, mfu: float, peak_tflops: float) -> dict[str, Any]:
@@ -188,14 +148,16 @@ def as_text(planned: dict[str, Any]) -> str:
             f"{stage['name']:<10}{stage['context']:>9}{stage['window']:>8}{stage['top_k'] or 'full':>7}"
             f"{count(stage['tokens']):>10}{stage['steps']:>12,}{count(stage['flops_per_token']):>13}{stage['days']:>10.3g}"
         )
-    lines += ["", "memory per GPU (an estimate)"]
+    lines += ["", "memory per GPU, of the pipeline rank that needs most"]
     parts = list(planned["stages"][0]["memory_bytes"])
-    lines.append(f"{'stage':<10}" + "".join(f"{part:>16}" for part in parts) + f"{'sum':>14}")
+    widths = [max(12, len(part) + 2) for part in parts]
+    titles = "".join(f"{part:>{width}}" for part, width in zip(parts, widths, strict=True))
+    lines.append(f"{'stage':<10}{titles}{'sum':>12}")
     for stage in planned["stages"]:
         values = stage["memory_bytes"]
         lines.append(
             f"{stage['name']:<10}"
-            + "".join(f"{bytes_(values[p]):>16}" for p in parts)
-            + f"{bytes_(sum(values.values())):>14}"
+            + "".join(f"{bytes_(values[part]):>{width}}" for part, width in zip(parts, widths, strict=True))
+            + f"{bytes_(sum(values.values())):>12}"
         )
     return "\n".join(lines)

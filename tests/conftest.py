@@ -159,3 +159,15 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+@pytest.fixture
+def world_of_one(monkeypatch):
+    """Process groups and seeds of a lone process, whatever launcher pytest itself runs under."""
+    from parallel import mesh
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    device = mesh.initialize(seed=1234)
+    yield device
+    mesh.shutdown()

@@ -6,8 +6,8 @@ each, and saves each result as FOLDER/NAME.pt as soon as it is there. What a set
 
 A job is {"name": str, "ranks": int, "parallel": {...}, "model": {...}, "window": int, "hsa_window": int, "top_k": int
 or null, "length": int, "steps": int, "micro_batch": int, "recompute": str, "probe": position of the token to change}.
-Its result holds losses, grad_norms (one per step), gradients after the first step by global parameter name, what a
-step adds to `traffic` by rank, and the positions that move.
+Its result holds losses, grad_norms (one per step), gradients after the first step and weights after the last by
+global parameter name, parameters whose copies differ, what a step adds to `traffic` by rank, and positions that move.
 """
 
 import json
@@ -36,7 +36,7 @@ SMALL = dict(
     vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=2, upper_layers=3, hsa_layers=2,
     num_heads=4, head_dim=8, swa_kv_heads=2, hsa_kv_heads=2, retrieval_heads=2, retrieval_dim=16, chunk_size=8,
     encoder_ffn_hidden_size=32, num_experts=4, experts_per_token=2, expert_ffn_hidden_size=16,
-    shared_expert_ffn_hidden_size=16, init_std=0.1, router_z_loss=1e-3,
+    shared_expert_ffn_hidden_size=16, init_std=0.1,
 )  # fmt: skip
 
 
@@ -120,22 +120,59 @@ def run(job):
         traffic.reset()
         results.append(step(mine, job.get("micro_batch", 1), wants_stop=False))
     place = compat.parallel_state.get_tensor_model_parallel_rank()
-    gathered = mesh.gather_objects((place, recorder.gradients, vars(traffic).copy()))
-    gradients = {}
-    for name in sorted({name for _, found, _ in gathered for name in found}):
-        holders = sorted(((place, found[name]) for place, found, _ in gathered if name in found), key=lambda x: x[0])
-        gradients[name] = whole(name, _one_per_place(holders))
+    gathered = mesh.gather_objects((place, recorder.gradients, vars(traffic).copy(), trained_weights(wrapped)))
+    gradients = gather_parts([(place, found) for place, found, _, _ in gathered])
+    shards = [(place, found) for place, _, _, found in gathered]
     return {
+        "weights": gather_parts(shards),
+        "unequal copies": unequal_copies(shards),
         "losses": [result.loss for result in results],
         "grad_norms": [result.grad_norm for result in results],
         "domains": [result.domain_losses for result in results],
         "experts": [result.experts for result in results],
         "positions": [result.position_losses for result in results],
         "gradients": gradients,
-        "traffic": [counted for _, _, counted in gathered],
+        "held": mesh.gather_objects(held_numbers(wrapped, recorder.optimizer)),
+        "traffic": [counted for _, _, counted, _ in gathered],
         "moved": moved,
         "logits": logits,
     }
+
+
+def held_numbers(chunks, optimizer):
+    """(numbers of this rank's parameters, numbers of its optimizer's moments)."""
+    states = [state for chained in optimizer.chained_optimizers for state in chained.optimizer.state.values()]
+    moments = sum(value.numel() for state in states for value in state.values() if value.dim())
+    return sum(p.numel() for chunk in chunks for p in chunk.parameters()), moments
+
+
+def trained_weights(chunks):
+    """This rank's parameters by global name, each with its split."""
+    return {
+        part: (values, (getattr(parameter, "partition_dim", 0), getattr(parameter, "partition_count", 1)))
+        for chunk in chunks
+        for name, parameter in chunk.module.named_parameters()
+        for part, values in global_parts(name, parameter.detach().clone(), chunk.module)
+    }
+
+
+def gather_parts(ranks):
+    """Whole tensors by global name, out of (tensor-parallel rank, shards by name) of every rank."""
+    result = {}
+    for name in sorted({name for _, found in ranks for name in found}):
+        holders = sorted(((place, found[name]) for place, found in ranks if name in found), key=lambda x: x[0])
+        result[name] = whole(name, _one_per_place(holders))
+    return result
+
+
+def unequal_copies(ranks):
+    """Names of parameters that differ in a bit between ranks that hold the same part."""
+    seen, unequal = {}, set()
+    for place, found in ranks:
+        for name, (tensor, _) in found.items():
+            if not torch.equal(seen.setdefault((place, name), tensor), tensor):
+                unequal.add(name)
+    return sorted(unequal)
 
 
 def _one_per_place(holders):

@@ -12,8 +12,14 @@ import pytest
 import torch
 
 from parallel.context import halo_shares
+from parallel.mesh import ParallelConfig
+from parallel.model_config import ModelConfig
+from parallel.optimizer import OptimizerSettings
 from parallel.selection import handed_over
+from pretrain.memory_plan import held_parameters, state_bytes
+from pretrain.recipe import Recipe
 from tests.conftest import hsa_environment
+from tests.distributed.layout_worker import SMALL
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -22,6 +28,8 @@ WORKER = Path(__file__).with_name("layout_worker.py")
 BASE = {"window": 16, "hsa_window": 8, "top_k": 3, "length": 64, "steps": 20, "micro_batch": 2, "probe": 19}
 ONE_HEAD = {"hsa_kv_heads": 1, "retrieval_heads": 1, "swa_kv_heads": 1}
 DENSE = {"num_experts": 0}
+Z_LOSS = {"router_z_loss": 1e-2}
+MUON = {"name": "muon", "distributed": True}
 FEW = {"steps": 3}  # variants of a layout that is there with 20 steps
 
 LAYOUTS = {
@@ -33,7 +41,9 @@ LAYOUTS = {
         "context, windows wider than a slice": {
             "parallel": {"context": 2}, "window": 48, "hsa_window": 40, "top_k": None, "recompute": "full", **FEW,
         },
-        "context, attention recomputed": {"parallel": {"context": 2}, "recompute": "selective", **FEW},
+        "context, attention recomputed, z-loss": {
+            "parallel": {"context": 2}, "recompute": "selective", "model": Z_LOSS, **FEW,
+        },
         "pipeline": {"parallel": {"pipeline": 2}},
         "pipeline, untied": {
             "parallel": {"pipeline": 2}, "model": {"tied_embeddings": False}, "recompute": "full", **FEW,
@@ -41,7 +51,9 @@ LAYOUTS = {
         "pipeline, attention recomputed": {"parallel": {"pipeline": 2}, "recompute": "selective", **FEW},
         "interleaved pipeline": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "micro_batch": 1},
         "expert": {"parallel": {"expert": 2}},
-        "expert, one after the other": {"parallel": {"expert": 2}, "compute": {"grouped_experts": "off"}, **FEW},
+        "expert, one after the other, z-loss": {
+            "parallel": {"expert": 2}, "compute": {"grouped_experts": "off"}, "model": Z_LOSS, **FEW,
+        },
         "tensor, logits in chunks": {
             "parallel": {"tensor": 2}, "micro_batch": 4, "compute": {"loss": "chunked", "loss_chunk": 48}, **FEW,
         },
@@ -49,6 +61,7 @@ LAYOUTS = {
             "parallel": {"tensor": 2}, "micro_batch": 4, "compute": {"loss": "deepspeed", "tiled_mlp": 3}, **FEW,
         },
         "data": {"parallel": {}},
+        "data, Muon": {"parallel": {}, "optimizer": MUON},
     },
     3: {
         # the middle rank hands nothing over
@@ -75,7 +88,8 @@ LAYOUTS = {
         },
         "context x pipeline": {"parallel": {"context": 2, "pipeline": 2}, "model": {"swa_in_hsa": False}},
         "expert x data": {"parallel": {"expert": 2}, "micro_batch": 1},
-        "tensor x expert": {"parallel": {"tensor": 2, "expert": 2}, **FEW},
+        "expert x data, Muon": {"parallel": {"expert": 2}, "micro_batch": 1, "optimizer": MUON},
+        "tensor x expert, z-loss": {"parallel": {"tensor": 2, "expert": 2}, "model": Z_LOSS, **FEW},
     },
     8: {
         "tensor x expert x pipeline": {"parallel": {"tensor": 2, "expert": 2, "pipeline": 2}},
@@ -141,12 +155,37 @@ def test_a_layout_equals_one_rank(results, ranks, layout):
     for name, expected in single["gradients"].items():
         difference = (spread["gradients"][name] - expected).norm() / expected.norm().clamp_min(1e-12)
         assert difference < 1e-4, f"{name}: {difference:.1e}"
+    assert not spread["unequal copies"]
     torch.testing.assert_close(spread["logits"], single["logits"], rtol=1e-4, atol=1e-5)
     assert single["moved"] and spread["moved"] == single["moved"]
 
 
 RANKS, SLICE, CHUNK, NUMBER = 4, 16, 8, 4  # context-parallel ranks, tokens of each, tokens of a chunk, bytes
 SEQUENCES, HSA_LAYERS, HEADS = 4, 2, 2  # per step; retrieval heads
+
+
+@pytest.mark.parametrize(("ranks", "layout"), CASES, ids=[f"{ranks} ranks: {name}" for ranks, name in CASES])
+def test_the_plan_knows_what_a_rank_holds(results, ranks, layout):
+    """Parameters and moments of every rank, exactly."""
+    _, spread = results(ranks, layout)
+    job = LAYOUTS[ranks][layout]
+    model, parallel = ModelConfig(**{**SMALL, **job.get("model", {})}), ParallelConfig(**job["parallel"])
+    settings = OptimizerSettings(**{"distributed": False, **job.get("optimizer", {})})
+    recipe = Recipe(name="x", precision="fp32", model=model, parallel=parallel, optimizer=settings)
+    for rank, (parameters, moments) in enumerate(spread["held"]):
+        held = held_parameters(model, parallel, rank // (ranks // parallel.pipeline))
+        assert held.total == parameters, rank
+        assert state_bytes(held, recipe, ranks)["optimizer"] == 4 * moments, rank
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(2, "data, Muon"), (4, "expert x data, Muon")])
+def test_muon_moves_weights_as_one_rank_does(results, ranks, layout):
+    """After the same number of steps: every matrix, the experts' too."""
+    single, spread = results(ranks, layout)
+    assert len(spread["losses"]) == len(single["losses"])
+    for name, expected in single["weights"].items():
+        difference = (spread["weights"][name] - expected).norm() / expected.norm()
+        assert difference < 1e-4, f"{name}: {difference:.1e}"
 
 
 def test_bytes_moved_are_those_of_the_formula(results):
