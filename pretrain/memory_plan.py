@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from parallel.mesh import ParallelConfig
 from parallel.model_config import ModelConfig
-from parallel.pipeline import split_layers
+from parallel.pipeline import Reach, split_layers
 from pretrain.recipe import Recipe, StageConfig
+from pretrain.topology import reach_of
 
 
 @dataclass
@@ -29,10 +30,10 @@ class Held:
         return self.matrices + self.others + self.experts
 
 
-def layers_of_ranks(model: ModelConfig, parallel: ParallelConfig) -> list[list[int]]:
+def layers_of_ranks(model: ModelConfig, parallel: ParallelConfig, reach: Reach) -> list[list[int]]:
     """Decoder layers of each pipeline rank; an interleaved rank has every `pipeline`-th stage."""
     stages = parallel.pipeline * parallel.virtual_pipeline
-    counts = split_layers(model, stages) if stages > 1 else [model.num_layers]
+    counts = split_layers(model, stages, reach) if stages > 1 else [model.num_layers]
     ranks: list[list[int]] = [[] for _ in range(parallel.pipeline)]
     first = 0
     for stage, count in enumerate(counts):
@@ -41,8 +42,10 @@ def layers_of_ranks(model: ModelConfig, parallel: ParallelConfig) -> list[list[i
     return ranks
 
 
-def held_parameters(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Held:
-    """Parameters of a rank at pipeline position `rank`; exact, as Megatron and our layers split them."""
+def held_parameters(model: ModelConfig, parallel: ParallelConfig, rank: int, reach: Reach | None = None) -> Held:
+    """Parameters of a rank at pipeline position `rank`; exact, as Megatron and our layers split them. reach: what
+    attention reads, which decides where stages are cut.
+    """
     h, d, tensor = model.hidden_size, model.head_dim, parallel.tensor
     query, kinds = model.num_heads * d, model.layer_kinds()
     first_hsa = next(layer for layer, kind in enumerate(kinds) if "hsa" in kind)
@@ -54,7 +57,7 @@ def held_parameters(model: ModelConfig, parallel: ParallelConfig, rank: int) -> 
 
     retrieval_size = model.retrieval_dim // model.retrieval_heads
     retrieval = shared_out(model.retrieval_heads, h * model.retrieval_dim)
-    for layer in layers_of_ranks(model, parallel)[rank]:
+    for layer in layers_of_ranks(model, parallel, reach or Reach())[rank]:
         kind = kinds[layer]
         if "swa" in kind:
             held.matrices += h * (2 * query + 2 * model.swa_kv_heads * d) // tensor
@@ -241,11 +244,13 @@ def memory_per_gpu(recipe: Recipe, stage: StageConfig, gpus: int) -> dict[str, f
     )
     first_hsa = next(layer for layer, kind in enumerate(model.layer_kinds()) if "hsa" in kind)
     worst: dict[str, float] = {}
-    for rank, layers in enumerate(layers_of_ranks(model, parallel)):
+    for rank, layers in enumerate(layers_of_ranks(model, parallel, reach_of(recipe))):
         last = rank == parallel.pipeline - 1
         flying = in_flight(parallel, rank, max(1, share // micro))
         whole = memory_bytes(model, shape, micro * stage.context)
-        parts: dict[str, float] = {**state_bytes(held_parameters(model, parallel, rank), recipe, gpus)}
+        parts: dict[str, float] = {
+            **state_bytes(held_parameters(model, parallel, rank, reach_of(recipe)), recipe, gpus)
+        }
         parts["activations"] = flying * activation_bytes(model, shape, layers, recipe.recompute)
         parts["working"] = 0.0
         if recipe.recompute == "full":
