@@ -12,7 +12,8 @@ before they are deleted. So whatever is called step_* is whole, whenever the pro
 what a killed process left. Optimizer state is stored in the shape of the parameters (fully_reshardable) and loads at
 any data-parallel size; on the same topology everything comes back bit for bit.
 
-``save_checkpoint`` and ``load_checkpoint`` are collective: every rank calls them. The other functions are not.
+``save_checkpoint``, ``load_checkpoint`` and ``PendingSave`` (a save in the background) are collective: every rank calls
+them. The other functions are not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import os
 import queue
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +60,7 @@ from parallel.errors import CheckpointError
 from parallel.optimizer import Optimizer
 
 __all__ = [
+    "PendingSave",
     "clean_temporary",
     "find_latest",
     "list_checkpoints",
@@ -186,30 +189,55 @@ class _SaveInProcess(compat.TorchDistSaveShardedStrategy):
 
     Megatron forks a process per file and spawns a manager process for their results. That costs seconds per save, runs
     the user's __main__ again, and turns a full disk into a message about a dead worker.
+
+    `save` plans and copies to host memory, no more; `write` then needs no other rank and nothing of the model, and
+    `finalize` is collective again. With `snapshot`, tensors that are in host memory already are copied too, so that
+    training may go on while `write` runs.
     """
 
+    snapshot = False
     error: BaseException | None = None  # what this rank's writing ended with
+    entries: dict[str, dict[str, Any]]  # size and hash of this rank's files, once they are written
+    write: Callable[[], None]
+    finalize: Callable[[], None]
 
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, **kwargs: Any) -> Any:
         with compat.results_queue(queue.Queue):
             return super().async_save(sharded_state_dict, checkpoint_dir, **kwargs)
 
     def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *_: Any) -> Any:
+        self.entries = {}
+        buckets = writer.preload_tensors(writer.write_buckets, non_blocking=False)
+        if self.snapshot:
+            on_host = {id(tensor) for bucket in writer.write_buckets for _, tensor in bucket[2][1]}
+            buckets = [
+                (path, name, (data, [(item, t.clone() if id(t) in on_host else t) for item, t in tensors]))
+                for path, name, (data, tensors) in buckets
+            ]
+        writer.write_buckets = [(path, name, ([], [])) for path, name, _ in buckets]  # only their number is asked for
+
         def write() -> None:
-            buckets = writer.preload_tensors(writer.write_buckets, non_blocking=False)
-            with ThreadPoolExecutor(max(1, len(buckets))) as pool:
-                try:
+            try:
+                with ThreadPoolExecutor(max(1, len(buckets))) as pool:
                     results = list(pool.map(compat.write_bucket, buckets))
-                except Exception as error:  # Megatron's finalisation makes every rank fail
-                    self.error = error
-                    writer.results_queue.put(error)
-                else:
-                    writer.results_queue.put(dict(enumerate(results)))
+                self.entries = {Path(path).name: _entry(Path(path)) for path, _, _ in buckets}
+            except Exception as error:  # Megatron's finalisation makes every rank fail
+                self.error = error
+                writer.results_queue.put(error)
+            else:
+                writer.results_queue.put(dict(enumerate(results)))
+            buckets.clear()
 
         def finalize() -> None:
             compat.save_state_dict_async_finalize(*save_state_dict_ret)
 
-        return compat.AsyncRequest(write if writer.write_buckets else None, [], [finalize])
+        self.write, self.finalize = write if buckets else lambda: None, finalize
+        return compat.AsyncRequest(None, [], [])
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file, which is on the disk then."""
+    return {"size": path.stat().st_size, "sha256": sha256(path, sync=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +254,6 @@ def save_checkpoint(
     extra: dict[str, Any],
     keep_last: int = 3,
     keep: Callable[[int], bool] | None = None,
-    blocking: bool = True,
 ) -> Path:
     """Write the checkpoint of ``step`` into ``directory`` and rotate the old ones; every rank calls this.
 
@@ -236,62 +263,112 @@ def save_checkpoint(
 
     Raises OSError on a full disk: nothing half-written stays, earlier checkpoints are untouched.
     """
-    assert blocking, "saving in the background is not there yet"
-    directory = directory.absolute()
-    final = step_path(directory, step)
-    temporary = directory / f"{TEMPORARY}{final.name}"
-    training = {
-        "step": step,
-        "random": mesh.gather_objects(random_states()),
-        "extra": _merge_lanes(extra),
-    }
-    state = _sharded_state(model_chunks, optimizer, is_loading=False)
-    needed = sum(mesh.gather_objects(_bytes_to_write(state)))
-    try:
-        _together(_prepare, directory, temporary, needed, on_writer=True)
-    except OSError as error:
-        raise _explain(error.errno, error.strerror or str(error), directory, step, needed) from error
-    strategy = _SaveInProcess("torch_dist", 1, thread_count=2 if needed > 1 << 28 else 1)
-    try:
-        compat.dist_checkpointing.save(state, str(temporary), strategy, content_metadata=_metadata())
-    except compat.CheckpointException as error:  # raised on every rank alike, with the reason on one
-        reasons = mesh.gather_objects((_errno(strategy.error), str(strategy.error or "")))
-        reason = next(((number, text) for number, text in reasons if text), (None, str(error)))
-        explained = _explain(*reason, directory, step, needed)
-        mesh.barrier()
-        if mesh.is_writer():
-            remove(temporary)
-        raise explained from error
-    except (OSError, RuntimeError) as error:
-        # This rank alone knows. It must not enter another collective: it stops, and the launcher stops the others.
-        explained = _explain(_errno(error), str(error), directory, step, needed)
-        remove(temporary)
-        raise explained from error
-    try:
-        _together(lambda: torch.save(_pack(training), temporary / TRAINING), on_writer=True)
-        names = sorted(path.name for path in temporary.iterdir())
-        share = names[mesh.rank() :: mesh.world_size()]
-        entries = _together(
-            lambda: {
-                name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name, sync=True)}
-                for name in share
-            }
-        )
-        files = {name: entry for part in entries for name, entry in part.items()}
-        _together(_publish, temporary, final, step, dict(sorted(files.items())), on_writer=True)
-    except OSError as error:
-        explained = _explain(error.errno, error.strerror or str(error), directory, step, needed)
-        mesh.barrier()
-        if mesh.is_writer():
-            remove(temporary)
-        raise explained from error
-    if mesh.is_writer():
+    return PendingSave(
+        directory, step, model_chunks, optimizer, extra=extra, keep_last=keep_last, keep=keep, background=False
+    ).finish()
+
+
+class PendingSave:
+    """A save that was started: its tensors are in host memory, and with `background` copies of them, which a thread of
+    each rank writes while training goes on. Host memory holds this rank's part of the checkpoint until then.
+
+    Collective, like `finish` and `written`; arguments and errors are those of `save_checkpoint`. One save at a time.
+    Until `finish`, nothing bears the checkpoint's name.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        model_chunks: Sequence[nn.Module],
+        optimizer: Optimizer | None,
+        *,
+        extra: dict[str, Any],
+        keep_last: int = 3,
+        keep: Callable[[int], bool] | None = None,
+        background: bool = True,
+    ) -> None:
+        self.directory, self.step, self.keep_last, self.keep = directory.absolute(), step, keep_last, keep
+        self.final = step_path(self.directory, step)
+        self.temporary = self.directory / f"{TEMPORARY}{self.final.name}"
+        self.training = {
+            "step": step,
+            "random": mesh.gather_objects(random_states()),
+            "extra": _merge_lanes(extra),
+        }
+        state = _sharded_state(model_chunks, optimizer, is_loading=False)
+        self.needed = sum(mesh.gather_objects(_bytes_to_write(state)))
         try:
-            _rotate(directory, final, max(1, keep_last), keep)
-        except OSError as error:  # the checkpoint is safe, so training goes on
-            logger.warning("old checkpoints in %s could not be deleted: %s", directory, error)
-    mesh.barrier()
-    return final
+            _together(_prepare, self.directory, self.temporary, self.needed, on_writer=True)
+        except OSError as error:
+            raise self._explain(error.errno, error.strerror or str(error)) from error
+        self.strategy = _SaveInProcess("torch_dist", 1, thread_count=2 if self.needed > 1 << 28 else 1)
+        self.strategy.snapshot = background
+        with self._failures():
+            compat.dist_checkpointing.save(state, str(self.temporary), self.strategy, content_metadata=_metadata())
+        self._thread: threading.Thread | None = None
+        if background:
+            # No daemon: a process that ends by itself finishes its files first.
+            self._thread = threading.Thread(target=self.strategy.write, name=f"checkpoint-{step}")
+            self._thread.start()
+
+    def written(self) -> bool:
+        """True when every rank has written its files, so that `finish` has nothing to wait for."""
+        return all(mesh.gather_objects(self._thread is None or not self._thread.is_alive()))
+
+    def finish(self) -> Path:
+        """Wait for the files, give the checkpoint its name and rotate the old ones; returns its path."""
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            self.strategy.write()
+        with self._failures():
+            self.strategy.finalize()
+        try:
+            _together(lambda: torch.save(_pack(self.training), self.temporary / TRAINING), on_writer=True)
+            written = _together(lambda: self.strategy.entries)
+            known = {name: entry for part in written for name, entry in part.items()}
+            names = sorted(path.name for path in self.temporary.iterdir() if path.name not in known)
+            share = names[mesh.rank() :: mesh.world_size()]
+            entries = _together(lambda: {name: _entry(self.temporary / name) for name in share})
+            files = known | {name: entry for part in entries for name, entry in part.items()}
+            _together(_publish, self.temporary, self.final, self.step, dict(sorted(files.items())), on_writer=True)
+        except OSError as error:
+            explained = self._explain(error.errno, error.strerror or str(error))
+            mesh.barrier()
+            if mesh.is_writer():
+                remove(self.temporary)
+            raise explained from error
+        if mesh.is_writer():
+            try:
+                _rotate(self.directory, self.final, max(1, self.keep_last), self.keep)
+            except OSError as error:  # the checkpoint is safe, so training goes on
+                logger.warning("old checkpoints in %s could not be deleted: %s", self.directory, error)
+        mesh.barrier()
+        return self.final
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turn what Megatron raises into an OSError that says what is left, and leave nothing half-written."""
+        try:
+            yield
+        except compat.CheckpointException as error:  # raised on every rank alike, with the reason on one
+            failed = self.strategy.error
+            reasons = mesh.gather_objects((_errno(failed), str(failed or "")))
+            reason = next(((number, text) for number, text in reasons if text), (None, str(error)))
+            explained = self._explain(*reason)
+            mesh.barrier()
+            if mesh.is_writer():
+                remove(self.temporary)
+            raise explained from error
+        except (OSError, RuntimeError) as error:
+            # This rank alone knows. It must not enter another collective: it stops, and the launcher stops the others.
+            explained = self._explain(_errno(error), str(error))
+            remove(self.temporary)
+            raise explained from error
+
+    def _explain(self, number: int | None, text: str) -> OSError:
+        return _explain(number, text, self.directory, self.step, self.needed)
 
 
 def _together(function: Callable[..., Any], *args: Any, on_writer: bool = False) -> list[Any]:

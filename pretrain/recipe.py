@@ -91,7 +91,9 @@ class CheckpointConfig:
     every_minutes: float | None = 20.0
     keep_last: int = 3
     keep_every_tokens: Any = None  # one checkpoint per so many tokens is never deleted
-    async_save: bool = False  # written `async` in YAML, a word Python keeps for itself; see `load_recipe`
+    # Written `async` in YAML, a word that Python keeps for itself: training goes on while a copy in host memory is
+    # written. Whatever ends a run, or starts the next save, waits for it.
+    async_save: bool = False
 
 
 @dataclass
@@ -170,8 +172,6 @@ def load_recipe(recipe: str, overrides: typing.Sequence[str] = (), *, clashes_ar
     loaded = recipe_from_container(raw, where=str(path))
     exchanged = preset is not None and loaded.recipe.model.preset != preset
     errors, clashes = check(loaded.recipe)
-    if loaded.recipe.checkpoint.async_save:
-        loaded.warnings.append("checkpoint.async: saving in the background is not there yet, training waits for saves")
     if exchanged and not clashes_are_errors:
         loaded.warnings += [f"{clash} (the recipe was written for preset {preset})" for clash in clashes]
     else:

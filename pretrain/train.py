@@ -148,6 +148,7 @@ class Training:
         self._cleanup = contextlib.ExitStack()
         self._prober: Any = None
         self._skipped = 0  # updates in a row
+        self._saving: tuple[Any, dict[str, Any]] | None = None  # a save under way, and the position it is of
         self._unreadable: dict[str, int] = {}  # documents that no rank could read, by shard
 
     def __enter__(self) -> Training:
@@ -291,6 +292,7 @@ class Training:
         position = self.controller.position
         if self.saved_step != position.step or position.finished:
             self._save()
+        self._finish_save()
         if self.is_writer:
             self.run_dir.update_run(finished=position.finished, plan=self.controller.plan())
             if reason.requeue:
@@ -341,6 +343,8 @@ class Training:
                     return StopReason(
                         f"asked to stop ({self.stop.received or 'by another rank'})", REQUEUE_STATUS, True
                     )
+                if self._saving is not None and self._saving[0].written():
+                    self._finish_save()
                 if self._checkpoint_due():
                     self._save()
 
@@ -511,12 +515,15 @@ class Training:
         return mesh.broadcast_object(time.monotonic() - self.saved_at >= 60 * config.every_minutes)
 
     def _save(self) -> None:
-        from parallel.checkpoint import save_checkpoint
+        """Save, in the background if the recipe says so; one save at a time."""
+        from parallel.checkpoint import PendingSave
 
+        self._finish_save()
         position = self.controller.position
         if self.is_writer:
             self.metrics.sync()
-        save_checkpoint(
+        background = self.recipe.checkpoint.async_save
+        save = PendingSave(
             self.run_dir.checkpoints,
             position.step,
             self.chunks,
@@ -524,10 +531,21 @@ class Training:
             extra={"position": position.as_dict(), "lanes": self.lanes, "run_id": self.run_id},
             keep_last=self.recipe.checkpoint.keep_last,
             keep=self._keep_forever,
+            background=background,
         )
-        if self.is_writer:
-            self.run_dir.update_run(position=position.as_dict())
+        self._saving = save, position.as_dict()
         self.saved_at, self.saved_step = time.monotonic(), position.step
+        if not background:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Wait for the save under way, if there is one; the run directory says then where it stands."""
+        if self._saving is None:
+            return
+        (save, position), self._saving = self._saving, None
+        save.finish()
+        if self.is_writer:
+            self.run_dir.update_run(position=position)
 
     def _draw_curve(self) -> None:
         from pretrain.evaluation.plots import training_curve_of_run

@@ -1,7 +1,8 @@
 """One rank of the checkpoint tests: runs the jobs of its JSON argument and prints the results as JSON on rank 0.
 
 A second argument gives parallel sizes as JSON. A job is {"kind": what to train, "to": last step, "load": directory or
-null, "save": directory, "save_at": steps, "full": true for a disk that is full on the last rank}.
+null, "save": directory, "save_at": steps, "background": true to train while saving, "full": true for a disk that is
+full on the last rank}.
 """
 
 import importlib.util
@@ -31,7 +32,7 @@ def run(job):
         path = checkpoint.find_latest(Path(job["load"]))
         extra = checkpoint.load_checkpoint(path, trained.chunks, trained.optimizer)
         trained.steps, lanes = extra["steps"], extra["lanes"]
-    losses = []
+    losses, pending = [], None
     while trained.steps < job["to"]:
         losses.append(trained.step())
         if job.get("save") and trained.steps in job["save_at"]:
@@ -39,9 +40,22 @@ def run(job):
                 "steps": trained.steps,
                 "lanes": {lane: {"position": 100 * lane} for lane in range(mesh.rank(), 4, mesh.world_size())},
             }
-            checkpoint.save_checkpoint(
-                Path(job["save"]), trained.steps, trained.chunks, trained.optimizer, extra=extra, keep_last=2
+            if pending is not None:
+                pending.finish()
+            pending = checkpoint.PendingSave(
+                Path(job["save"]),
+                trained.steps,
+                trained.chunks,
+                trained.optimizer,
+                extra=extra,
+                keep_last=2,
+                background=job.get("background", False),
             )
+            if not job.get("background"):
+                pending.finish()
+                pending = None
+    if pending is not None:
+        pending.finish()
     return {
         "losses": losses,
         "lanes": lanes,

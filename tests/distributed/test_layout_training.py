@@ -35,6 +35,7 @@ def evaluated(checkpoint, tmp_path, capsys):
     return json.loads(out.read_text())["contexts"][0]["nll"], capsys.readouterr().out
 
 
+ASYNC = "checkpoint.async=true"
 # What a user types, and the last step that it trains.
 LEGS = {
     "adamw": {"tensor": 3, "pipeline": 5, "context": 7, "expert": 9, "data": 11},
@@ -51,8 +52,8 @@ def test_a_run_wanders_through_layouts(tiny_recipe, hsa, tmp_path, capsys, optim
     options = [f"optimizer.name={optimizer}", "micro_batch=1", "checkpoint.every_steps=1", "checkpoint.keep_last=20"]
     train(hsa, tiny_recipe, whole, *options)
     for form, limit in LEGS[optimizer].items():
-        train(hsa, tiny_recipe, wandering, *options, f"parallel.{form}=2", f"max_steps={limit}", ranks=2)
-    train(hsa, tiny_recipe, wandering, *options)
+        train(hsa, tiny_recipe, wandering, *options, f"parallel.{form}=2", f"max_steps={limit}", ASYNC, ranks=2)
+    train(hsa, tiny_recipe, wandering, *options, ASYNC)
     assert_same_losses(wandering, whole)
     for step in LEGS[optimizer].values():
         name = f"checkpoints/step_{step:08d}"

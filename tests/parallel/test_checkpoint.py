@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import subprocess
+import threading
 from collections import namedtuple
 
 import numpy as np
@@ -12,7 +13,14 @@ import pytest
 import torch
 
 from parallel import checkpoint, checkpoint_files, compat, mesh
-from parallel.checkpoint import clean_temporary, find_latest, list_checkpoints, load_checkpoint, save_checkpoint
+from parallel.checkpoint import (
+    PendingSave,
+    clean_temporary,
+    find_latest,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from parallel.errors import CheckpointError
 
 
@@ -298,6 +306,63 @@ def test_another_optimizer_is_named(small, toy, tmp_path):
     assert "exp_avg" in str(caught.value)
 
 
+# --- in the background ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """An event that every file waits for."""
+    goes_on, write = threading.Event(), compat.write_bucket
+
+    def write_bucket(bucket):
+        assert goes_on.wait(60)
+        return write(bucket)
+
+    monkeypatch.setattr(compat, "write_bucket", write_bucket)
+    yield goes_on
+    goes_on.set()
+
+
+def begin(trained, directory):
+    return PendingSave(directory, trained.steps, trained.chunks, trained.optimizer, extra={"steps": trained.steps})
+
+
+@pytest.mark.parametrize(
+    ("name", "distributed", "bf16"), [("adamw", True, True), ("adamw", False, False), ("muon", True, False)]
+)
+def test_what_is_saved_is_what_was_there_when_the_save_began(
+    world_of_one, toy, tmp_path, slow_disk, name, distributed, bf16
+):
+    settings = toy.settings(name, distributed=distributed)
+    unbroken = toy.Toy(settings, bf16=bf16)
+    steps(unbroken, 2)
+    pending = begin(unbroken, tmp_path)
+    expected = steps(unbroken, 3)  # while nothing is written yet
+    slow_disk.set()
+    path = pending.finish()
+
+    resumed = toy.Toy(settings, bf16=bf16)
+    assert load_checkpoint(path, resumed.chunks, resumed.optimizer) == {"steps": 2}
+    resumed.steps = 2
+    assert steps(resumed, 3) == expected
+    assert equal(unbroken.weights(), resumed.weights())
+
+
+def test_a_save_under_way_bears_no_name(small, tmp_path, slow_disk):
+    slow_disk.set()
+    first = save(small, tmp_path)
+    slow_disk.clear()
+    small.step()
+    pending = begin(small, tmp_path)
+    assert not pending.written()
+    assert find_latest(tmp_path) == first and (tmp_path / "latest").read_text() == f"{first.name}\n"
+    slow_disk.set()
+    pending._thread.join()
+    assert pending.written() and find_latest(tmp_path) == first
+    assert pending.finish() == find_latest(tmp_path) == tmp_path / "step_00000002"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+
+
 # --- full disk -----------------------------------------------------------------------------------------------------
 
 Usage = namedtuple("Usage", "total used free")
@@ -328,14 +393,15 @@ def fail_in_the_manifest(monkeypatch):
     monkeypatch.setattr(checkpoint, "sync_directory", full)
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "in the background"])
 @pytest.mark.parametrize("fail", [fail_without_room, fail_in_the_tensors, fail_in_the_rest, fail_in_the_manifest])
-def test_full_disk_leaves_what_was_there(small, tmp_path, monkeypatch, fail):
+def test_full_disk_leaves_what_was_there(small, tmp_path, monkeypatch, fail, background):
     first = save(small, tmp_path)
     small.step()
     with monkeypatch.context() as patch:
         fail(patch)
         with pytest.raises(OSError, match="the disk is full") as caught:
-            save(small, tmp_path)
+            begin(small, tmp_path).finish() if background else save(small, tmp_path)
     assert caught.value.errno in (errno.ENOSPC, errno.EDQUOT) and not hasattr(caught.value, "exit_status")
     for words in ("step 2", str(tmp_path), "step_00000001 is untouched", "Make room"):
         assert words in str(caught.value)
