@@ -30,9 +30,11 @@ from recipes import PRESETS_DIR
 # window, window inside HSA layers, top-k: the paper's, and for 345m its authors'.
 SCHEDULES = {"345m": (512, 512, 32), "demo": (32, 32, 16)}
 PAPER_SCHEDULE = (4096, 512, 64)
-# Largest relative error against the full forward pass. Half precision rounds scores, and of two chunks that nearly tie
-# another one is read.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.08}
+# Largest relative error against the full forward pass, or, where that is more, so many times what one rounding of the
+# embedding changes (with random weights, chunks and experts nearly tie, and in half precision another one is taken).
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.05}
+ROUNDINGS = 8
+GROSS = 0.5  # never allowed: unrelated logits are 1.4 apart
 
 
 @dataclass
@@ -85,9 +87,10 @@ def run(args: argparse.Namespace, measure: Callable[[Case, list[int], argparse.N
                 f"{settings['window']}, in HSA layers {settings['hsa_window']}, top-k {settings['top_k']}",
                 flush=True,
             )
-            error = error_at_a_small_length(case)
-            print(f"  error against the full forward pass: {error:.2e} (allowed {TOLERANCE[precision]:g})", flush=True)
-            if not error <= TOLERANCE[precision]:
+            error, rounding = error_at_a_small_length(case)
+            allowed = min(GROSS, max(TOLERANCE[precision], ROUNDINGS * rounding))
+            print(f"  error against the full forward pass: {error:.2e} (allowed {allowed:.2e})", flush=True)
+            if not error <= allowed:
                 print(f"hsa bench: {name}: the result is wrong, no time is shown", file=sys.stderr, flush=True)
                 status = 1
                 continue
@@ -129,8 +132,10 @@ def build(name: str, device: torch.device, precision: str, args: argparse.Namesp
     return Case(name, model, engine)
 
 
-def error_at_a_small_length(case: Case) -> float:
-    """Relative error of the logits after a prompt of two segments and of the next three tokens."""
+def error_at_a_small_length(case: Case) -> tuple[float, float]:
+    """Relative error of the logits after a prompt of two segments and of the next three tokens, and that of the full
+    forward pass when every number of the embedding is off by one rounding.
+    """
     engine, chunk = case.engine, case.sizes.chunk_size
     length = 15 * chunk + 5
     tokens = _tokens(case, length + 3)
@@ -138,13 +143,23 @@ def error_at_a_small_length(case: Case) -> float:
     with torch.no_grad():
         padded = torch.nn.functional.pad(tokens.to(engine.device), (0, -tokens.shape[1] % chunk))
         full = case.model(padded)[0, length - 1 : length + 3].float()
+        embedding = case.model.embedding.word_embeddings
+        hook = embedding.register_forward_hook(_one_rounding)
+        rounded = case.model(padded)[0, length - 1 : length + 3].float()
+        hook.remove()
     segment, engine.segment = engine.segment, length - 9  # the last tokens lean on a halo
     engine.reset()
     streamed = [engine.prefill(tokens[:, :length])]
     streamed += [engine.decode(tokens[:, i]) for i in range(length, length + 3)]
     engine.reset()
     engine.segment = segment
-    return ((torch.cat(streamed) - full).norm() / full.norm()).item()
+    return tuple(((x - full).norm() / full.norm()).item() for x in (torch.cat(streamed), rounded))  # type: ignore[return-value]
+
+
+def _one_rounding(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """The output with every number moved by its last bit, up or down."""
+    sign = torch.where(torch.arange(output.shape[-1], device=output.device) % 2 == 0, 1.0, -1.0).to(output.dtype)
+    return output * (1 + sign * torch.finfo(output.dtype).eps)
 
 
 def _tokens(case: Case, length: int) -> torch.Tensor:

@@ -135,8 +135,13 @@ class DecodeStep:
             self._logits = self.step()
         self._graph = graph
 
+    @torch.compiler.set_stance("force_eager")
     def step(self) -> Tensor:
-        """One token per sequence from `tokens`; moves `position` on."""
+        """One token per sequence from `tokens`; moves `position` on.
+
+        Nothing is compiled for it: a graph hides the launches of small kernels, and a first token should not wait for a
+        compiler.
+        """
         x = self.model.embed(self.tokens[:, None])  # (1, B, hidden)
         angles = self._angles(self.position[None])
         visible = (self.position // self.model.model.chunk_size).int()

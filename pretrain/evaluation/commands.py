@@ -23,7 +23,7 @@ EXAMPLES = {
 }
 _HELP = {
     "niah": "Needle in a haystack: one fact in held-out text, by depth and length.",
-    "ruler": "Many keys, 2 of 6 needles, variable tracking and copy, by length.",
+    "ruler": "RULER's tasks by length: needles, variables, word counts, questions about documents; and copy.",
     "ppl": "Perplexity of held-out text by position, beside a unigram model.",
 }
 _LM_EVAL = "Tasks of lm-evaluation-harness, by its own code (extra lm-eval)."
@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
         else:
             one.add_argument("--tasks", metavar="T,T", help="comma-separated (default: all)")
+            one.add_argument("--qa", metavar="FILE", help="documents and questions for the task qa: JSON as SQuAD's")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -206,7 +207,7 @@ def main(args: argparse.Namespace) -> int:
     if args.evaluation == "ruler":
         from pretrain.evaluation.ruler import parse_tasks
 
-        parse_tasks(args.tasks)
+        parse_tasks(args.tasks, documents=args.qa is not None, shared=bool(args.haystacks))
     loaded = load(args)
     folder = Path(args.out) if args.out else (loaded.run_dir or Path.cwd()) / "eval"
     lengths = parse_lengths(args.lengths, context=loaded.context, window=loaded.window)
@@ -332,11 +333,12 @@ def _ruler(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Out
     from pretrain.evaluation.haystack import Haystack
     from pretrain.evaluation.heldout import load_held_out
     from pretrain.evaluation.ruler import TASK_OPTIONS, RulerResult, parse_tasks, run_ruler
+    from pretrain.evaluation.ruler_tasks import load_documents
     from pretrain.evaluation.shared import Ask
 
     data = loaded.model.recipe.data
     hay = Haystack(load_held_out(data.held_out, loaded.model.tokenizer))
-    tasks = parse_tasks(args.tasks)
+    tasks = parse_tasks(args.tasks, documents=args.qa is not None, shared=bool(args.haystacks))
     if args.haystacks:
         options = _edit_options(data)
         asks = [Ask(t, t, args.samples, options={**options, **TASK_OPTIONS.get(t, {})}) for t in tasks]
@@ -351,7 +353,7 @@ def _ruler(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Out
             samples=args.samples,
             seed=args.seed,
             templates=args.templates,
-            options=task_options(data),
+            options={**task_options(data), "documents": load_documents(args.qa) if args.qa else None},
             batch=args.batch,
             progress=_say,
         )

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.config import TASKS
-from data_pipeline.synthetic import SyntheticSample, build_sample, score
+from data_pipeline.synthetic import SyntheticSample, answer_text, build_sample, score
 from pretrain.errors import RecipeError
+from pretrain.evaluation import ruler_tasks
 from pretrain.evaluation.decoding import Engine, greedy_answers
 from pretrain.evaluation.haystack import Haystack
 from pretrain.evaluation.tally import Tally, total
@@ -132,8 +133,8 @@ def run_task(
 
     Raises RecipeError on an unknown task, a bad count, and a length too short for the task or the distance.
     """
-    if task not in TASKS:
-        raise RecipeError(f"unknown task {task!r}: known are {', '.join(TASKS)}")
+    if task not in (*TASKS, *ruler_tasks.TASKS):
+        raise RecipeError(f"unknown task {task!r}: known are {', '.join((*TASKS, *ruler_tasks.TASKS))}")
     if samples < 1 or batch < 1:
         raise RecipeError(f"need at least one sample and a batch of one, got samples={samples}, batch={batch}")
     if distances and task != "niah_single":
@@ -225,18 +226,24 @@ class _Builder:
         return asked[0]
 
     def _build(self, depth: float | None, text: Callable[[int], np.ndarray]) -> SyntheticSample:
+        rng = np.random.default_rng(self.entropy)
         try:
+            if self.task in ruler_tasks.TASKS:
+                known = {name: self.options[name] for name in ruler_tasks.OPTIONS if name in self.options}
+                return ruler_tasks.build(self.task, rng, self.tokenizer, text, self.length, depth=depth, **known)
             return build_sample(
                 self.task,
-                np.random.default_rng(self.entropy),
+                rng,
                 self.tokenizer,
                 text,
                 self.length,
                 depth=depth,
                 chunk_size=self.chunk_size,
                 templates=self.templates,
-                **self.options,  # type: ignore[arg-type]
+                **{name: value for name, value in self.options.items() if name != "documents"},  # type: ignore[arg-type]
             )
+        except RecipeError:
+            raise
         except ValueError as error:
             raise RecipeError(f"cannot evaluate {self.task} at {self.length} tokens: {error}") from error
 
@@ -266,10 +273,16 @@ def _answer_batch(engine: Engine, tokenizer, items: list[tuple[int, SyntheticSam
         answer = row[: len(reference)]
         right = int((answer == reference).sum())
         # a copy may be cut short, and random tokens do not survive decoding; anything else is compared as text
-        exact = right == len(reference) if sample.kind == "copy" else score(sample, tokenizer, answer.tolist())
+        if isinstance(sample, ruler_tasks.RulerSample):
+            exact = sample.accepts(answer_text(tokenizer, answer.tolist()))
+        elif sample.kind == "copy":
+            exact = right == len(reference)
+        else:
+            exact = score(sample, tokenizer, answer.tolist())
         yield cell, Tally(1, int(exact), len(reference), right)
 
 
 def reference_answer(sample: SyntheticSample) -> np.ndarray:
-    """int64 tokens the model has to say: the answer and the end token after it, at most MAX_ANSWER_TOKENS."""
-    return sample.tokens[sample.prompt_length :][:MAX_ANSWER_TOKENS].astype(np.int64)
+    """int64 tokens the model has to say: the answer and the end token after it, of a copy MAX_ANSWER_TOKENS at most."""
+    answer = sample.tokens[sample.prompt_length :]
+    return answer[: MAX_ANSWER_TOKENS if sample.kind == "copy" else None].astype(np.int64)

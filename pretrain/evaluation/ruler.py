@@ -1,4 +1,5 @@
-"""The RULER-style tasks by length: many keys, 2 of 6 needles, variable tracking, copy.
+"""RULER's tasks by length: one needle, many keys, a haystack of needles, 2 of 6 needles, several values of one key,
+variable tracking, frequent and common words, questions about documents; and copy.
 
 They share the runner of the needle map; what is built is documented in `data_pipeline.synthetic`. Needles lie at
 random places.
@@ -12,12 +13,15 @@ import numpy as np
 
 from data_pipeline.config import TASKS, TRAINING_ONLY
 from pretrain.errors import RecipeError
+from pretrain.evaluation import ruler_tasks
 from pretrain.evaluation.decoding import Engine
 from pretrain.evaluation.haystack import Haystack
 from pretrain.evaluation.retrieval import TOKEN_BUDGET, Progress, TaskResult, run_task
 
-ASKED = tuple(task for task in TASKS if task not in TRAINING_ONLY)
-"""Tasks that evaluation knows."""
+SHARED = tuple(task for task in TASKS if task not in TRAINING_ONLY)
+"""Tasks of which many samples can share one text."""
+ASKED = (*SHARED, *(task for task in ruler_tasks.TASKS if task != "qa"))
+"""Tasks that evaluation asks by default; "qa" as well where it is given documents."""
 
 # the paper's form of MQ-NIAH
 TASK_OPTIONS: dict[str, dict[str, float]] = {"niah_multiquery": {"keys": 6, "queries": 2}}
@@ -34,13 +38,19 @@ class RulerResult:
         return {"tasks": {name: result.to_json() for name, result in self.tasks.items()}}
 
 
-def parse_tasks(text: str | None) -> list[str]:
-    """Comma-separated task names (None = all); RecipeError names the known ones."""
-    names = list(dict.fromkeys(text.replace(" ", ",").split(","))) if text else list(ASKED)
+def parse_tasks(text: str | None, *, documents: bool = False, shared: bool = False) -> list[str]:
+    """Comma-separated task names (None = all); RecipeError names the known ones.
+
+    documents: there are some for "qa". shared: only tasks whose samples share texts.
+    """
+    known = SHARED if shared else (*ASKED, "qa") if documents else ASKED
+    names = list(dict.fromkeys(text.replace(" ", ",").split(","))) if text else list(known)
     names = [name for name in names if name]
     for name in names:
-        if name not in ASKED:
-            raise RecipeError(f"unknown task {name!r}: known are {', '.join(ASKED)}")
+        if name not in known:
+            where = " with --haystacks" if shared and name in (*ASKED, "qa") else ""
+            more = " (and qa, with --qa FILE)" if not documents else ""
+            raise RecipeError(f"unknown task {name!r}{where}: known are {', '.join(known)}{more}")
     return names
 
 
@@ -49,7 +59,7 @@ def run_ruler(
     tokenizer,
     haystack: np.ndarray | Haystack,
     *,
-    tasks: Sequence[str] = ASKED,
+    tasks: Sequence[str] = SHARED,
     lengths: Sequence[int],
     samples: int = 50,
     seed: int = 0,
@@ -62,7 +72,8 @@ def run_ruler(
 ) -> RulerResult:
     """Every task at every length, needles at random depths, exact match of the generated answer.
 
-    ``options`` (digits, keys, queries, hops, copy_random) go to `build_sample`; TASK_OPTIONS win over them.
+    ``options`` (digits, keys, queries, hops, copy_random; documents for "qa") go to `build_sample`; TASK_OPTIONS win
+    over them.
     """
     hay = haystack if isinstance(haystack, Haystack) else Haystack(haystack)
     results = {

@@ -21,7 +21,7 @@ from pretrain.evaluation.heldout import load_held_out, unigram_counts
 from pretrain.evaluation.niah import needle_accuracy, run_niah
 from pretrain.evaluation.ppl import mean_nll, position_buckets, run_ppl, sequence_starts, unigram_nll
 from pretrain.evaluation.retrieval import run_task
-from pretrain.evaluation.ruler import ASKED, parse_tasks, run_ruler
+from pretrain.evaluation.ruler import SHARED, parse_tasks, run_ruler
 
 HAY = "The grass was dry and long that year. Nobody came to cut it, and the wind lay down in it at night. "
 
@@ -189,7 +189,7 @@ def test_probe_is_the_same_measurement(tokenizer, hay):
 def test_every_task_runs_and_a_perfect_memory_solves_it(tokenizer, hay, monkeypatch):
     engine = Oracle(tokenizer, monkeypatch)
     result = run_ruler(engine, tokenizer, hay, lengths=[400, 512], samples=3)
-    assert list(result.tasks) == list(ASKED)
+    assert list(result.tasks) == list(SHARED)
     for task in result.tasks.values():
         assert all(tally.accuracy == 1 and tally.n == 3 for tally in task.by_length().values())
     assert result.to_json()["tasks"]["copy"]["lengths"][0]["accuracy"] == 1
@@ -227,7 +227,7 @@ def test_impossible_questions_are_the_users_mistake(tokenizer, hay, options, mes
 
 
 def test_task_names():
-    assert parse_tasks(None) == list(ASKED)
+    assert parse_tasks(None, shared=True) == list(SHARED)
     assert parse_tasks("copy, niah_single") == ["copy", "niah_single"]
     with pytest.raises(RecipeError, match="unknown task 'qa'"):
         parse_tasks("qa")
