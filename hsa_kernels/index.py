@@ -30,12 +30,14 @@ class Pairs:
     """order: pairs token * K + column grouped by bin; start (bins + 1,); items of at most `part` pairs of one bin.
 
     A bin is ((b * H + h) * segments + token // segment) * chunks + chunk. item_start (bins + 1,) numbers the items of
-    every bin; item_bin and item_first have room for max_items, the true number is item_start[-1].
+    every bin; item_bin and item_first have room for max_items, the true number is item_start[-1]. All five are parts of
+    one int32 buffer, whose size depends on shapes only: forward can hand it to backward.
     """
 
     segments: int
     part: int
     max_items: int
+    buffer: Tensor
     order: Tensor
     start: Tensor
     item_start: Tensor
@@ -43,11 +45,36 @@ class Pairs:
     item_first: Tensor
 
 
+def _pair_sizes(shape: torch.Size, chunks: int, segment: int, part: int) -> tuple[int, list[int]]:
+    batch, length, heads, top_k = shape
+    bins = batch * heads * (-(-length // segment)) * chunks
+    total = batch * length * heads * top_k
+    items = min(bins, total) + total // part
+    # Offsets stay multiples of 4 elements (16 bytes), which wide loads want.
+    return items, [-(-n // 4) * 4 for n in (total, bins + 1, bins + 1, items, items)]
+
+
+def pair_buffer_size(shape: torch.Size, chunks: int, *, segment: int, part: int) -> int:
+    """Elements of the buffer of `build_pairs` for indices of this shape (B, L, H, K)."""
+    return sum(_pair_sizes(shape, chunks, segment, part)[1])
+
+
+def pairs_from(buffer: Tensor, shape: torch.Size, chunks: int, *, segment: int, part: int) -> Pairs:
+    """The lists in a buffer that `build_pairs` filled with the same arguments."""
+    batch, length, heads, top_k = shape
+    segments = -(-length // segment)
+    bins, total = batch * heads * segments * chunks, batch * length * heads * top_k
+    items, sizes = _pair_sizes(shape, chunks, segment, part)
+    parts = buffer.split(sizes)
+    lengths = (total, bins + 1, bins + 1, items, items)
+    return Pairs(segments, part, items, buffer, *(x[:n] for x, n in zip(parts, lengths, strict=True)))
+
+
 def build_union(indices: Tensor, chunks: int, tile: int) -> Union:
-    """indices (B, L, H, K) int32 contiguous, ids outside 0..chunks-1 ignored; tile a power of two."""
+    """indices (B, L, H, K) int32 contiguous, ids outside 0..chunks-1 ignored; tile: tokens."""
     batch, length, heads, top_k = indices.shape
     tiles = batch * heads * triton.cdiv(length, tile)
-    padded = triton.next_power_of_2(top_k)
+    padded, wide = triton.next_power_of_2(top_k), triton.next_power_of_2(tile)
     device = indices.device
     out = Union(
         tile,
@@ -66,7 +93,9 @@ def build_union(indices: Tensor, chunks: int, tile: int) -> Union:
         K=top_k,
         KP=padded,
         T=tile,
-        num_warps=min(8, max(1, tile * padded // 128)),
+        TP=wide,
+        SHORT=(chunks + 1) * wide * padded < 2**31,
+        num_warps=min(8, max(1, wide * padded // 128)),
     )
     return out
 
@@ -74,39 +103,37 @@ def build_union(indices: Tensor, chunks: int, tile: int) -> Union:
 def build_pairs(indices: Tensor, chunks: int, *, segment: int, part: int, stable: bool) -> Pairs:
     """indices (B, L, H, K) int32 contiguous. stable: pairs inside a bin in ascending order, so equal in every run."""
     batch, length, heads, top_k = indices.shape
-    total = indices.numel()
     if length * top_k >= 2**31:
         raise ValueError(f"{length} tokens x {top_k} chunks do not fit 32-bit pair numbers: split the queries")
-    segments = triton.cdiv(length, segment)
-    bins = batch * heads * segments * chunks
     device = indices.device
-    shape = (total, length, chunks, segment, segments)
-    block = 1024
-    grid = (triton.cdiv(total, block),)
+    sizes = {"segment": segment, "part": part}
+    buffer = torch.empty(pair_buffer_size(indices.shape, chunks, **sizes), dtype=torch.int32, device=device)
+    pairs = pairs_from(buffer, indices.shape, chunks, **sizes)
+    bins = pairs.start.numel() - 1
     counts = torch.zeros(bins, dtype=torch.int32, device=device)
-    index_kernels.count_kernel[grid](indices, counts, *shape, H=heads, K=top_k, BLOCK=block)
-    start = _starts(counts)
-    order = torch.empty(total, dtype=torch.int32, device=device)
+    rank = torch.empty_like(indices)
+    width = triton.next_power_of_2(heads * top_k)
+    rows = max(1, 2048 // width)
+    shape = (length, chunks, segment, pairs.segments)
+    tile = {"H": heads, "K": top_k, "HKP": width, "ROWS": rows, "num_warps": 8}
+    grid = (triton.cdiv(length, rows), batch)
+    index_kernels.count_kernel[grid](indices, counts, rank, *shape, **tile)
+    _starts(counts, pairs.start)
     if stable:
-        order.copy_(_stable_order(indices, chunks, segment, segments, bins))
+        pairs.order.copy_(_stable_order(indices, chunks, segment, pairs.segments, bins))
     else:
-        cursor = start[:-1].clone()
-        index_kernels.fill_kernel[grid](indices, cursor, order, *shape, H=heads, K=top_k, BLOCK=block)
-    item_start = _starts((counts + (part - 1)) // part)
-    max_items = min(bins, total) + total // part
-    item_bin = torch.empty(max_items, dtype=torch.int32, device=device)
-    item_first = torch.empty(max_items, dtype=torch.int32, device=device)
+        index_kernels.fill_kernel[grid](indices, pairs.start, rank, pairs.order, *shape, **tile)
+    _starts((counts + (part - 1)) // part, pairs.item_start)
     index_kernels.items_kernel[(triton.cdiv(bins, 256),)](
-        start, item_start, item_bin, item_first, bins, PART=part, BLOCK=256
+        pairs.start, pairs.item_start, pairs.item_bin, pairs.item_first, bins, PART=part, BLOCK=256
     )
-    return Pairs(segments, part, max_items, order, start, item_start, item_bin, item_first)
+    return pairs
 
 
-def _starts(counts: Tensor) -> Tensor:
+def _starts(counts: Tensor, out: Tensor) -> None:
     """(n,) counts -> (n + 1,) int32 first positions."""
-    out = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
+    out[:1].zero_()
     torch.cumsum(counts, 0, dtype=torch.int32, out=out[1:])
-    return out
 
 
 def _stable_order(indices: Tensor, chunks: int, segment: int, segments: int, bins: int) -> Tensor:

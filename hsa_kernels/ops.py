@@ -80,7 +80,7 @@ def hsa_attention(
 
         check_hsa_shapes(q, k, v, weights, indices, chunk_size)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-        return register.attention_op(q, k, v, weights, indices.int(), chunk_size, scale)
+        return register.attention_op(q, k, v, weights, indices.int(), chunk_size, scale)[0]
     return reference.hsa_attention(q, k, v, weights, indices, chunk_size=chunk_size, softmax_scale=softmax_scale)
 
 

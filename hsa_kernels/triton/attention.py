@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hsa_kernels.index import build_pairs, build_union
+from hsa_kernels.index import Pairs, Union, build_pairs, build_union, pair_buffer_size, pairs_from
 from hsa_kernels.triton import attention_kernels as kernels
-from hsa_kernels.triton import interpreter
+from hsa_kernels.triton import interpreter, stream
 from hsa_kernels.triton.overlap import OverlapMonitor
 
-# Union order needs enough query heads per key/value head, and neighbours that share chunks: above this many union
-# entries per chosen chunk the chunk order is faster (17.8 ms x overlap / 1.57 against 26 ms, H100, 128K tokens, 16/1).
+# Union order needs enough query heads per key/value head, and neighbours that share chunks: above this share of fresh
+# chunks per further token the chunk order is faster (measurements in docs/kernels.md).
 _UNION_RATIO = 8
-_UNION_OVERLAP = 2.3
+_UNION_FRESH = 0.43
 # The same for dq in union order; dk and dv take the chunk order always.
-_TWO_PASS_OVERLAP = 1.65
+_TWO_PASS_FRESH = 0.22
 # In chunk order the overlap is measured once in so many calls.
 _MEASURE_EVERY = 64
 _monitors: defaultdict[tuple[object, ...], OverlapMonitor] = defaultdict(OverlapMonitor)
@@ -103,9 +103,9 @@ def forward_union(
 ) -> Tensor:
     """o by union tiles: no atomics, no buffer but the union lists. The monitor is told the size of the unions."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    count = _launch_union(q, k, v, w, idx, q, out, w, chunk_size, scale, backward=False)
+    union = _launch_union(q, k, v, w, idx, q, out, w, chunk_size, scale, backward=False)
     if monitor is not None:
-        monitor.record(count, idx.shape[3])
+        monitor.record(union.count, idx.shape[3], union.tile)
     return out
 
 
@@ -122,12 +122,22 @@ def _launch_union(
     scale: float,
     *,
     backward: bool,
-) -> Tensor:
-    """Fills out (o or dq) and dw; returns the number of entries of every tile."""
+    streaming: stream.Tiling | None = None,
+) -> Union:
+    """Fills out (o or dq) and dw; returns the union lists."""
     batch, length, heads_q, dim = q.shape
     heads = k.shape[2]
     ratio = heads_q // heads
-    union = build_union(idx, k.shape[1] // chunk_size, union_tile(ratio))
+    chunks, tile = k.shape[1] // chunk_size, union_tile(ratio)
+    if streaming is None and stream.supports(q, k, idx.shape[3], chunk_size):
+        streaming = stream.BACKWARD if backward else stream.FORWARD
+    if streaming is not None:
+        union = build_union(idx, chunks, tile * streaming.groups)
+        stream.launch(
+            q, k, v, w, grad, out, dw, union, chunk_size, scale, backward=backward, tiling=streaming
+        )
+        return union
+    union = build_union(idx, chunks, tile)
     tiling = _union_tiling(q, chunk_size, backward)
     kernels.union_attention_kernel[(union.count.numel(),)](
         q, k, v, w, grad, out, dw, union.chunks, union.slots, union.count, scale, length,
@@ -135,7 +145,40 @@ def _launch_union(
         HEADS=heads, R=ratio, T=union.tile, TOPK=idx.shape[3], S=chunk_size, D=dim, BACKWARD=backward,
         PRECISION=precision(q.dtype), num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
-    return union.count
+    return union
+
+
+@dataclass(frozen=True)
+class Bins:
+    """How pairs are grouped: queries of a segment, pairs of a work item at most."""
+
+    segment: int
+    part: int
+
+
+def _segment(ratio: int, dim: int, chunks: int, top_k: int) -> int:
+    """Queries of a segment: one working set of the L2 cache, more for long inputs, so that bins hold whole tiles.
+
+    Heads follow each other, so the rows of one key/value head make the working set.
+    """
+    return max(_SEGMENT_BYTES // (ratio * dim * 8), chunks * 16 // top_k)
+
+
+def _shared_bins(q: Tensor, heads: int, idx_shape: torch.Size, chunks: int) -> Bins | None:
+    """Bins that forward and backward have in common: head ratios that always take the chunk order, in one pass."""
+    ratio = q.shape[2] // heads
+    if ratio >= _UNION_RATIO or q.dtype == torch.float32 or len(_query_passes(q)) > 1:
+        return None
+    return Bins(_segment(ratio, q.shape[3], chunks, idx_shape[3]), max(1, _PART_ROWS // ratio))
+
+
+def lists_size(q: Tensor, k: Tensor, idx: Tensor, chunk_size: int) -> int:
+    """int32 elements of the lists that forward hands to backward, from shapes only; 0 where it hands none."""
+    chunks = k.shape[1] // chunk_size
+    bins = _shared_bins(q, k.shape[2], idx.shape, chunks)
+    if bins is None or torch.are_deterministic_algorithms_enabled():
+        return 0
+    return pair_buffer_size(idx.shape, chunks, segment=bins.segment, part=bins.part)
 
 
 def _launch_chunks(
@@ -143,7 +186,7 @@ def _launch_chunks(
     k: Tensor,
     v: Tensor,
     w: Tensor,
-    idx: Tensor,
+    pairs: Pairs,
     grad: Tensor,
     out: Tensor,
     dw: Tensor,
@@ -158,17 +201,10 @@ def _launch_chunks(
     """One pass over the queries of q. dk, dv: fp32 sums to add to, or with parts the results themselves."""
     batch, length, heads_q, dim = q.shape
     heads = k.shape[2]
-    ratio, chunks, top_k = heads_q // heads, k.shape[1] // chunk_size, idx.shape[3]
+    ratio, chunks, top_k = heads_q // heads, k.shape[1] // chunk_size, w.shape[3]
     backward = dk is not None
     tiling = _chunk_tiling(q, chunk_size, backward, with_dq)
     tile = max(1, tiling.rows // ratio)
-    # Heads follow each other, so the rows of one key/value head make the working set of a segment; segments are longer
-    # for longer inputs, so that bins hold whole tiles.
-    segment = length if parts else max(_SEGMENT_BYTES // (ratio * dim * 8), chunks * 16 // top_k)
-    part = max(1, _PART_ROWS // ratio)
-    if parts:
-        part *= 8
-    pairs = build_pairs(idx, chunks, segment=segment, part=part, stable=parts)
     if parts:
         dk_to, dv_to = (
             torch.empty(pairs.max_items, chunk_size, dim, dtype=torch.float32, device=q.device) for _ in "kv"
@@ -180,7 +216,7 @@ def _launch_chunks(
         pairs.order, pairs.start, pairs.item_bin, pairs.item_first, pairs.item_start[-1:],
         scale, length, chunks, pairs.segments,
         *q.stride(), *k.stride(), *v.stride(), *w.stride(), *grad.stride(), *dw.stride(),
-        HEADS=heads, R=ratio, T=tile, TOPK=top_k, S=chunk_size, D=dim, PART=part, BACKWARD=backward,
+        HEADS=heads, R=ratio, T=tile, TOPK=top_k, S=chunk_size, D=dim, PART=pairs.part, BACKWARD=backward,
         WITH_DQ=with_dq, PARTS=parts, PRECISION=precision(q.dtype),
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
@@ -192,23 +228,36 @@ def _launch_chunks(
 
 
 def _query_passes(q: Tensor) -> list[slice]:
+    """Ranges of queries whose fp32 sums of o or dq may be held at a time."""
     batch, length, heads, dim = q.shape
     step = max(2048, _PASS_BYTES // (batch * heads * dim * 4) // 2048 * 2048)
     return [slice(i, min(i + step, length)) for i in range(0, length, step)]
 
 
-def forward_chunks(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_size: int, scale: float) -> Tensor:
-    """o by chunks: full matrix tiles at any head ratio, sums in fp32 by atomic adds (not bit-equal between runs)."""
+def forward_chunks(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o by chunks: full matrix tiles at any head ratio, sums in fp32 by atomic adds (not bit-equal between runs).
+
+    Also returns the pair lists for backward, (0,) int32 where it has others.
+    """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    ratio, chunks = q.shape[2] // k.shape[2], k.shape[1] // chunk_size
+    bins = Bins(_segment(ratio, q.shape[3], chunks, idx.shape[3]), max(1, _PART_ROWS // ratio))
+    keep = lists_size(q, k, idx, chunk_size) > 0
+    lists = idx.new_empty(0)
     for part in _query_passes(q):
         ids = idx[:, part].contiguous()
+        pairs = build_pairs(ids, chunks, segment=bins.segment, part=bins.part, stable=False)
         total = torch.zeros(q[:, part].shape, dtype=torch.float32, device=q.device)
         _launch_chunks(
-            q[:, part], k, v, w[:, part], ids, q[:, part], total, w[:, part], None, None, chunk_size, scale,
+            q[:, part], k, v, w[:, part], pairs, q[:, part], total, w[:, part], None, None, chunk_size, scale,
             with_dq=False, parts=False,
         )  # fmt: skip
         out[:, part] = total
-    return out
+        if keep:
+            lists = pairs.buffer
+    return out, lists
 
 
 def forget_overlap() -> None:
@@ -216,25 +265,30 @@ def forget_overlap() -> None:
     _monitors.clear()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_size: int, scale: float) -> Tensor:
-    """o by the loop order that suits the head ratio and the overlap of selections; rule in docs/kernels.md."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, chunk_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o by the loop order that suits the head ratio and the overlap of selections (rule in docs/kernels.md), and the
+    work lists that backward can use again: int32, `lists_size` elements."""
     args = (q, k, v, w, idx, chunk_size, scale)
     ratio, top_k = q.shape[2] // k.shape[2], idx.shape[3]
+    none = idx.new_empty(0)
     if torch.are_deterministic_algorithms_enabled():
-        return forward_union(*args)
+        return forward_union(*args), none
     if ratio < _UNION_RATIO:
         return forward_chunks(*args)
     monitor = _monitors[(q.device, ratio, top_k, idx.shape[1])]
-    overlap = monitor.read()
-    if overlap is None or overlap <= _UNION_OVERLAP:
-        return forward_union(*args, monitor=monitor)
+    fresh = monitor.read()
+    if fresh is None or fresh <= _UNION_FRESH:
+        return forward_union(*args, monitor=monitor), none
     if monitor.wants_measurement(_MEASURE_EVERY):
-        monitor.record(build_union(idx, k.shape[1] // chunk_size, union_tile(ratio)).count, top_k)
-    return forward_chunks(*args)
+        tile = union_tile(ratio)
+        monitor.record(build_union(idx, k.shape[1] // chunk_size, tile).count, top_k, tile)
+    return forward_chunks(*args)[0], none
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, grad: Tensor, chunk_size: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, grad: Tensor, lists: Tensor, chunk_size: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dw by the loop order that suits the head ratio and the overlap of selections."""
     args = (q, k, v, w, idx, grad, chunk_size, scale)
@@ -243,8 +297,10 @@ def backward(
     if q.dtype == torch.float32:  # tiles of one pass do not fit the shared memory
         return backward_form(*args, one_pass=False, deterministic=False)
     ratio = q.shape[2] // k.shape[2]
-    overlap = _monitors[(q.device, ratio, idx.shape[3], idx.shape[1])].read() if ratio >= _UNION_RATIO else None
-    one_pass = overlap is None or overlap > _TWO_PASS_OVERLAP
+    if ratio < _UNION_RATIO:
+        return backward_form(*args, one_pass=True, deterministic=False, lists=lists)
+    fresh = _monitors[(q.device, ratio, idx.shape[3], idx.shape[1])].read()
+    one_pass = fresh is None or fresh > _TWO_PASS_FRESH
     return backward_form(*args, one_pass=one_pass, deterministic=False)
 
 
@@ -260,31 +316,48 @@ def backward_form(
     *,
     one_pass: bool,
     deterministic: bool,
+    lists: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dw.
 
-    one_pass: everything in chunk order, dq by atomic adds. Otherwise dq and dw in union order, dk and dv in chunk
-    order. deterministic takes the second form, with dk and dv summed in a fixed order.
+    one_pass: everything in chunk order, dq by atomic adds; lists: those of forward. Otherwise dq and dw in union order,
+    dk and dv in chunk order. deterministic takes the second form, with dk and dv summed in a fixed order.
     """
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     # Columns of -1 are never visited.
     dw = torch.zeros_like(w, memory_format=torch.contiguous_format)
     args = (chunk_size, scale)
-    if deterministic:
-        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-        _launch_union(q, k, v, w, idx, grad, dq, dw, *args, backward=True)
-        _launch_chunks(q, k, v, w, idx, grad, dq, dw, dk, dv, *args, with_dq=False, parts=True)
-        return dq, dk, dv, dw
     batch, keys, heads, dim = k.shape
-    dk32, dv32 = (torch.zeros(batch, heads, keys, dim, dtype=torch.float32, device=q.device) for _ in "kv")
+    chunks, length = keys // chunk_size, q.shape[1]
+    ratio, top_k = q.shape[2] // heads, idx.shape[3]
+    part = max(1, _PART_ROWS // ratio)
     if not one_pass:
         _launch_union(q, k, v, w, idx, grad, dq, dw, *args, backward=True)
-    for part in _query_passes(q):
-        ids = idx[:, part].contiguous()
-        inputs = (q[:, part], k, v, w[:, part], ids, grad[:, part])
-        total = torch.zeros(q[:, part].shape, dtype=torch.float32, device=q.device) if one_pass else dq
-        _launch_chunks(*inputs, total, dw[:, part], dk32, dv32, *args, with_dq=one_pass, parts=False)
-        if one_pass:
-            dq[:, part] = total
+    if deterministic:
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        pairs = build_pairs(idx, chunks, segment=length, part=part * 8, stable=True)
+        _launch_chunks(q, k, v, w, pairs, grad, dq, dw, dk, dv, *args, with_dq=False, parts=True)
+        return dq, dk, dv, dw
+    dk32, dv32 = (torch.zeros(batch, heads, keys, dim, dtype=torch.float32, device=q.device) for _ in "kv")
+    segment = _segment(ratio, dim, chunks, top_k)
+    if one_pass:
+        bins = _shared_bins(q, heads, idx.shape, chunks)
+        for queries in _query_passes(q):
+            if bins is not None and lists is not None and lists.numel() > 0:
+                pairs = pairs_from(lists, idx.shape, chunks, segment=bins.segment, part=bins.part)
+            else:
+                pairs = build_pairs(idx[:, queries].contiguous(), chunks, segment=segment, part=part, stable=False)
+            inputs = (q[:, queries], k, v, w[:, queries], pairs, grad[:, queries])
+            total = torch.zeros(q[:, queries].shape, dtype=torch.float32, device=q.device)
+            _launch_chunks(*inputs, total, dw[:, queries], dk32, dv32, *args, with_dq=True, parts=False)
+            dq[:, queries] = total
+    else:
+        pairs = build_pairs(idx, chunks, segment=_long_segment(segment), part=part, stable=False)
+        _launch_chunks(q, k, v, w, pairs, grad, dq, dw, dk32, dv32, *args, with_dq=False, parts=False)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     return dq, dk.copy_(dk32.transpose(1, 2)), dv.copy_(dv32.transpose(1, 2)), dw
+
+
+def _long_segment(segment: int) -> int:
+    import os
+    return segment * int(os.environ.get("SEG", "1"))

@@ -10,6 +10,24 @@ import triton.language as tl
 
 
 @triton.jit
+def _write_union(
+    key, none, CHUNKS, SLOTS, COUNT, pid, K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    """Entries of sorted keys (chunk * SPAN + ...) * TP * KP + token * KP + column; equal key // (TP * KP) = one entry."""
+    i = tl.arange(0, TP * KP)
+    group = key // (TP * KP)
+    real = key != none
+    first = real & ((i == 0) | (group != tl.gather(group, tl.maximum(i - 1, 0), 0)))
+    entry = tl.cumsum(first.to(tl.int32), 0) - 1
+    base = pid * (T * K) + entry
+    tl.store(CHUNKS + base, (group // SPAN).to(tl.int32), mask=first)
+    slot = (key % KP).to(SLOTS.dtype.element_ty)
+    tl.store(SLOTS + base * T + ((key // KP) % TP).to(tl.int32), slot, mask=real)
+    tl.store(COUNT + pid, tl.sum(first.to(tl.int32), 0))
+
+
+@triton.jit
 def union_kernel(
     IDX,  # (B, L, H, K) int32 contiguous
     CHUNKS,  # (B * H * tiles, T * K) int32: chunk of every union entry
@@ -21,6 +39,8 @@ def union_kernel(
     K: tl.constexpr,
     KP: tl.constexpr,  # K rounded up to a power of two
     T: tl.constexpr,
+    TP: tl.constexpr,  # T rounded up to a power of two
+    SHORT: tl.constexpr,  # chunks * TP * KP < 2**31: keys of 32 bits
 ):
     """The sorted union of the chunks of T neighbouring tokens. A chunk that one token lists twice gets two entries."""
     tiles = tl.cdiv(length, T)
@@ -29,63 +49,71 @@ def union_kernel(
     tile = pid % tiles
     b = bh // H
     h = bh % H
-    i = tl.arange(0, T * KP)
+    i = tl.arange(0, TP * KP)
     token = i // KP
     column = i % KP
     t = tile * T + token
     row = IDX + ((b * length + t) * H + h) * K
-    inside = (t < length) & (column < K)
+    inside = (token < T) & (t < length) & (column < K)
     chunk = tl.load(row + column, mask=inside, other=-1)
-    occurrence = tl.zeros([T * KP], dtype=tl.int32)
-    for other in range(0, K - 1):
-        same = tl.load(row + other, mask=inside, other=-2) == chunk
-        occurrence += (same & (other < column)).to(tl.int32)
     valid = inside & (chunk >= 0) & (chunk < chunks)
-    none: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-    key = ((chunk.to(tl.int64) * KP + occurrence) * T + token) * KP + column
-    key = tl.sort(tl.where(valid, key, none))
-    group = key // (T * KP)
-    before = tl.gather(group, tl.maximum(i - 1, 0), 0)
-    real = key != none
-    first = real & ((i == 0) | (group != before))
-    entry = tl.cumsum(first.to(tl.int32), 0) - 1
-    base = pid * (T * K) + entry
-    tl.store(CHUNKS + base, (group // KP).to(tl.int32), mask=first)
-    slot = (key % KP).to(SLOTS.dtype.element_ty)
-    tl.store(SLOTS + base * T + (key // KP) % T, slot, mask=real)
-    tl.store(COUNT + pid, tl.sum(first.to(tl.int32), 0))
+    none: tl.constexpr = 0x7FFFFFFF if SHORT else 0x7FFFFFFFFFFFFFFF
+    wide = chunk if SHORT else chunk.to(tl.int64)
+    key = tl.sort(tl.where(valid, (wide * TP + token) * KP + column, none))
+    before = tl.gather(key, tl.maximum(i - 1, 0), 0)
+    twice = (key != none) & (i > 0) & (key // KP == before // KP)
+    if tl.max(twice.to(tl.int32), 0) == 0:
+        _write_union(key, none, CHUNKS, SLOTS, COUNT, pid, K, KP, T, TP, 1)
+    else:
+        occurrence = tl.zeros([TP * KP], dtype=tl.int32)
+        for other in range(0, K - 1):
+            same = tl.load(row + other, mask=inside, other=-2) == chunk
+            occurrence += (same & (other < column)).to(tl.int32)
+        largest: tl.constexpr = 0x7FFFFFFFFFFFFFFF
+        numbered = ((chunk.to(tl.int64) * KP + occurrence) * TP + token) * KP + column
+        numbered = tl.sort(tl.where(valid, numbered, largest))
+        _write_union(numbered, largest, CHUNKS, SLOTS, COUNT, pid, K, KP, T, TP, KP)
 
 
 @triton.jit
-def _bins(IDX, i, total, length, chunks, segment, segments, H: tl.constexpr, K: tl.constexpr):
-    """Bin ((b * H + h) * segments + t // segment) * chunks + chunk of flat pairs i, whether valid, and the pair."""
-    chunk = tl.load(IDX + i, mask=i < total, other=-1)
-    column = i % K
-    h = (i // K) % H
-    t = (i // (K * H)) % length
-    b = i // (K * H) // length
-    where = ((b * H + h) * segments + t // segment) * chunks + chunk
-    return where, (chunk >= 0) & (chunk < chunks), (t * K + column).to(tl.int32)
+def _bins(
+    IDX, length, chunks, segment, segments,
+    H: tl.constexpr, K: tl.constexpr, HKP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of ROWS tokens x H * K pairs: offset in IDX, bin ((b * H + h) * segments + t // segment) * chunks + chunk,
+    validity and the pair's number."""
+    b = tl.program_id(1)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, HKP)
+    at = (b.to(tl.int64) * length + t)[:, None] * (H * K) + c[None, :]
+    chunk = tl.load(IDX + at, mask=(t < length)[:, None] & (c < H * K)[None, :], other=-1)
+    bin_id = ((b * H + c // K) * segments)[None, :] + (t // segment)[:, None]
+    pair = t[:, None] * K + (c % K)[None, :]
+    return at, bin_id * chunks + chunk, (chunk >= 0) & (chunk < chunks), pair
 
 
 @triton.jit
 def count_kernel(
-    IDX, COUNT, total, length, chunks, segment, segments, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Histogram of pairs over bins."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    where, valid, _ = _bins(IDX, i, total, length, chunks, segment, segments, H, K)
-    tl.atomic_add(COUNT + where, 1, mask=valid, sem="relaxed")
+    IDX,
+    COUNT,  # (bins,) int32, zeroed
+    RANK,  # like IDX: how many pairs of the same bin came before
+    length, chunks, segment, segments,
+    H: tl.constexpr, K: tl.constexpr, HKP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Histogram of pairs over bins; a pair's place in its bin is the count that it found."""
+    at, where, valid, _ = _bins(IDX, length, chunks, segment, segments, H, K, HKP, ROWS)
+    rank = tl.atomic_add(COUNT + where, 1, mask=valid, sem="relaxed")
+    tl.store(RANK + at, rank, mask=valid)
 
 
 @triton.jit
 def fill_kernel(
-    IDX, CURSOR, ORDER, total, length, chunks, segment, segments, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Pairs grouped by bin, in any order within one. CURSOR starts as every bin's first position."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    where, valid, pair = _bins(IDX, i, total, length, chunks, segment, segments, H, K)
-    position = tl.atomic_add(CURSOR + where, 1, mask=valid, sem="relaxed")
+    IDX, START, RANK, ORDER, length, chunks, segment, segments,
+    H: tl.constexpr, K: tl.constexpr, HKP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Pairs grouped by bin, in any order within one."""
+    at, where, valid, pair = _bins(IDX, length, chunks, segment, segments, H, K, HKP, ROWS)
+    position = tl.load(START + where, mask=valid, other=0) + tl.load(RANK + at, mask=valid, other=0)
     tl.store(ORDER + position, pair, mask=valid)
 
 

@@ -11,10 +11,13 @@ from torch import Tensor
 
 
 class OverlapMonitor:
-    """Mean entries of a union tile over K, for one shape of problem."""
+    """Share of a token's chunks that its left neighbour did not choose, for one shape of problem.
+
+    From the unions of tiles of T tokens: (entries / K - 1) / (T - 1), 0 when neighbours agree, 1 when all differ.
+    """
 
     def __init__(self) -> None:
-        self.ratio: float | None = None  # last known
+        self.fresh: float | None = None  # last known
         self._host: Tensor | None = None
         self._event: torch.cuda.Event | None = None
         self._since = 0
@@ -24,14 +27,15 @@ class OverlapMonitor:
         self._since += 1
         return self._since >= every
 
-    def record(self, count: Tensor, top_k: int) -> None:
-        """Start copying the mean of count (tiles,) to the host; no wait. Ignored inside a CUDA graph capture."""
+    def record(self, count: Tensor, top_k: int, tile: int) -> None:
+        """Start copying the share, from the entries (tiles,) of unions, to the host; no wait. Ignored inside a CUDA graph
+        capture."""
         if count.device.type != "cuda" or torch.cuda.is_current_stream_capturing() or self._event is not None:
             return
         self._since = 0
         if self._host is None:
             self._host = torch.empty((), pin_memory=True)
-        self._host.copy_(count.float().mean() / top_k, non_blocking=True)
+        self._host.copy_((count.float().mean() / top_k - 1) / max(1, tile - 1), non_blocking=True)
         self._event = torch.cuda.Event()
         self._event.record()
 
@@ -39,6 +43,6 @@ class OverlapMonitor:
         """The newest value that has arrived, None before the first."""
         if self._event is not None and not torch.cuda.is_current_stream_capturing() and self._event.query():
             assert self._host is not None
-            self.ratio = float(self._host)
+            self.fresh = float(self._host)
             self._event = None
-        return self.ratio
+        return self.fresh

@@ -15,36 +15,47 @@ from hsa_kernels.triton import attention
 @torch.library.custom_op("hsa_kernels::attention", mutates_args=())
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, chunk_size: int, scale: float
-) -> Tensor:
-    """hsa_attention by kernels; shapes in `reference.hsa_attention`, indices int32."""
+) -> tuple[Tensor, Tensor]:
+    """hsa_attention by kernels, shapes in `reference.hsa_attention`, indices int32; and work lists for backward."""
     return attention.forward(q, k, v, weights, indices.contiguous(), chunk_size, scale)
 
 
 @attention_op.register_fake
 def _(q, k, v, weights, indices, chunk_size, scale):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    size = attention.lists_size(q, k, indices, chunk_size)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), indices.new_empty(size)
 
 
 @torch.library.custom_op("hsa_kernels::attention_backward", mutates_args=())
 def attention_backward_op(
-    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, grad: Tensor, chunk_size: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    grad: Tensor,
+    lists: Tensor,
+    chunk_size: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, weights."""
-    return attention.backward(q, k, v, weights, indices.contiguous(), grad, chunk_size, scale)
+    return attention.backward(q, k, v, weights, indices.contiguous(), grad, lists, chunk_size, scale)
 
 
 @attention_backward_op.register_fake
-def _(q, k, v, weights, indices, grad, chunk_size, scale):
+def _(q, k, v, weights, indices, grad, lists, chunk_size, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, weights))
 
 
 def _save_attention(ctx, inputs, output):
     q, k, v, weights, indices, ctx.chunk_size, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, weights, indices)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, weights, indices, output[1])
 
 
-def _attention_gradient(ctx, grad):
-    grads = attention_backward_op(*ctx.saved_tensors, grad, ctx.chunk_size, ctx.scale)
+def _attention_gradient(ctx, grad, _):
+    q, k, v, weights, indices, lists = ctx.saved_tensors
+    grads = attention_backward_op(q, k, v, weights, indices, grad, lists, ctx.chunk_size, ctx.scale)
     return (*grads, None, None, None)
 
 

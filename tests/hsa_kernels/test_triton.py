@@ -89,7 +89,8 @@ def test_attention_kernels_equal_the_oracle(case):
     out, grads = oracle(tensors, idx, cot, size, scale)
     tol = 1e-5 if dtype == torch.float32 else 3e-3
     for form in (attention.forward_union, attention.forward_chunks):
-        assert relative(form(*tensors, idx, size, scale), out) <= tol, form.__name__
+        got = form(*tensors, idx, size, scale)
+        assert relative(got[0] if isinstance(got, tuple) else got, out) <= tol, form.__name__
     for name, form in FORMS.items():
         got = attention.backward_form(*tensors, idx, cot, size, scale, **form)
         for label, a, b in zip("q k v w".split(), got, grads, strict=True):
@@ -114,7 +115,7 @@ def test_passes_over_the_queries_add_up(monkeypatch):
     tensors, idx, cot = make(1, 2065, 1, 1, 2, 16, 16, 1)
     out, grads = oracle(tensors, idx, cot, 16, 0.25)
     assert len(attention._query_passes(tensors[0])) == 2
-    assert relative(attention.forward_chunks(*tensors, idx, 16, 0.25), out) <= 1e-5
+    assert relative(attention.forward_chunks(*tensors, idx, 16, 0.25)[0], out) <= 1e-5
     got = attention.backward_form(*tensors, idx, cot, 16, 0.25, **FORMS["one_pass"])
     for a, b in zip(got, grads, strict=True):
         assert relative(a, b) <= 1e-5
@@ -258,9 +259,9 @@ def test_loop_order_follows_the_head_ratio_and_the_overlap(monkeypatch):
     attention.forward(*wide, ids, 16, 1.0)
     attention.forward(*narrow, narrow_ids, 16, 1.0)
     monitor = attention._monitors[(wide[0].device, 8, 2, 4)]
-    monkeypatch.setattr(monitor, "read", lambda: 3.0)
+    monkeypatch.setattr(monitor, "read", lambda: 0.9)
     attention.forward(*wide, ids, 16, 1.0)
-    monkeypatch.setattr(monitor, "read", lambda: 1.5)
+    monkeypatch.setattr(monitor, "read", lambda: 0.1)
     attention.forward(*wide, ids, 16, 1.0)
     assert used == ["forward_union", "forward_chunks", "forward_chunks", "forward_union"]
     attention.forget_overlap()
