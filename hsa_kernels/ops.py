@@ -6,9 +6,12 @@ what they do not support. "auto": the kernels on CUDA where they support the cas
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from hsa_kernels import reference
@@ -27,6 +30,8 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "reference", "triton")
+# Operators whose reference does more work than the kernels; on CUDA it does not run unannounced.
+SLOW_REFERENCE = ("hsa_attention", "select_chunks")
 
 
 # Looked up once: torch.compile traces through the dispatch.
@@ -48,7 +53,14 @@ def _use_kernels(backend: str, name: str, device_type: str, reason: Callable[[],
     why = reason()
     if why is not None and backend == "triton":
         raise ValueError(f"{name}: the kernels do not support {why}; use backend 'auto' or 'reference'")
+    if why is not None and name in SLOW_REFERENCE and not torch.compiler.is_compiling():
+        _warn_once(f"{name} runs in plain torch, slowly for long inputs: the kernels do not support {why}")
     return why is None
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 def hsa_attention(
@@ -101,13 +113,13 @@ def select_chunks(
     def reason() -> str | None:
         from hsa_kernels import select
 
-        return select.supports(q, landmarks, top_k, noise)
+        return select.supports(q, landmarks)
 
     if _use_kernels(backend, "select_chunks", q.device.type, reason):
         from hsa_kernels.triton import register
 
         check_selection_shapes(q, landmarks, documents, top_k, chunk_size, query_offset)
-        return register.select_op(q, landmarks, documents, top_k, chunk_size, query_offset, exclude_window)
+        return register.select_op(q, landmarks, documents, noise, top_k, chunk_size, query_offset, exclude_window)
     return reference.select_chunks(
         q,
         landmarks,
@@ -230,7 +242,8 @@ def sliding_window_attention(
 ) -> Tensor:
     """Causal attention to the last `window` tokens; rules in `reference.sliding_window_attention`.
 
-    On CUDA this is FlexAttention with a band of blocks (backend "triton" asks for it, "auto" takes it).
+    On CUDA this is torch's FlashAttention or FlexAttention, see `hsa_kernels.window` (backend "triton" asks for them,
+    "auto" takes them).
     """
 
     def reason() -> str | None:
@@ -242,7 +255,7 @@ def sliding_window_attention(
         from hsa_kernels import window as window_attention
 
         check_window_shapes(q, k, v, window, documents, key_offset)
-        return window_attention.flex_window(q, k, v, window, documents, key_offset, softmax_scale)
+        return window_attention.window_attention(q, k, v, window, documents, key_offset, softmax_scale)
     return reference.sliding_window_attention(
         q, k, v, window=window, documents=documents, key_offset=key_offset, softmax_scale=softmax_scale
     )

@@ -215,7 +215,7 @@ def select_chunks(
     dtype = _compute_dtype(q)
     scale = 1.0 / math.sqrt(dim)
     lm = landmarks.to(dtype).permute(0, 2, 3, 1)  # (B, Hr, Dr, C)
-    chunk_docs = _chunk_documents(documents, chunks, chunk_size)
+    chunk_docs = chunk_documents(documents, chunks, chunk_size)
     wide_noise = None if noise is None else noise.detach().expand(batch, length, heads, chunks)
     block = max(1, min(length, _BLOCK_BYTES // max(1, batch * heads * max(chunks, 1) * q.element_size())))
     ids_parts, score_parts = [], []
@@ -225,7 +225,9 @@ def select_chunks(
         qh = (q[:, start:stop].to(dtype) * scale).transpose(1, 2)  # (B, Hr, T, Dr)
         scores = torch.matmul(qh, lm).transpose(1, 2)  # (B, T, Hr, C)
         with torch.no_grad():
-            seen = _visible(start, stop, chunks, chunk_size, query_offset, documents, chunk_docs, exclude_window, q)
+            seen = visible_chunks(
+                start, stop, chunks, chunk_size, query_offset, documents, chunk_docs, exclude_window, q
+            )
             key = scores.detach()
             if wide_noise is not None:
                 key = key + wide_noise[:, start:stop].to(dtype)
@@ -245,7 +247,7 @@ def _gather_scores(scores: Tensor, ids: Tensor, top_k: int) -> Tensor:
     return got.masked_fill(ids >= chunks, lowest)
 
 
-def _chunk_documents(documents: Tensor | None, chunks: int, chunk_size: int) -> Tensor | None:
+def chunk_documents(documents: Tensor | None, chunks: int, chunk_size: int) -> Tensor | None:
     """Document of every chunk's first token, (B, C); chunks past the key side get -1 (no query can see them)."""
     if documents is None:
         return None
@@ -253,7 +255,7 @@ def _chunk_documents(documents: Tensor | None, chunks: int, chunk_size: int) -> 
     return F.pad(first, (0, chunks - first.shape[1]), value=-1)
 
 
-def _visible(
+def visible_chunks(
     start: int,
     stop: int,
     chunks: int,

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hsa_kernels import reference
 from hsa_kernels.triton import interpreter, select_kernels
 from hsa_kernels.triton.attention import precision
 
@@ -19,26 +20,95 @@ _BLOCK_BYTES = 1 << 28
 _LEAST_BLOCK = 2048
 
 
-def supports(q: Tensor, landmarks: Tensor, top_k: int, noise: Tensor | None) -> str | None:
-    """None when the kernels take this case, else the reason why not."""
+# The scanning kernels keep the maxima of this many classes per chunk asked for in registers.
+_SCAN_TOP_K = 128
+
+
+def supports(q: Tensor, landmarks: Tensor) -> str | None:
+    """None when this module takes the case, else the reason why not."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or landmarks.dtype != q.dtype:
         return f"dtype {q.dtype} with landmarks {landmarks.dtype} (bfloat16, float16 or float32, both the same)"
     if q.dtype == torch.bfloat16 and interpreter.enabled():
         return "bfloat16 under Triton's interpreter"
     if q.shape[-1] < 16 or (q.shape[-1] & (q.shape[-1] - 1)):
         return f"retrieval size {q.shape[-1]} (a power of two from 16 on)"
-    if top_k > 128:
-        return f"top_k {top_k} (1 to 128)"
-    if top_k >= landmarks.shape[1]:
-        return f"top_k {top_k} of {landmarks.shape[1]} chunks: nothing to choose"
-    if noise is not None:
-        return "selection noise"
-    if q.numel() == 0:
+    if q.numel() == 0 or landmarks.numel() == 0:
         return "empty input"
     return None
 
 
 def select(
+    q: Tensor,
+    landmarks: Tensor,
+    documents: Tensor | None,
+    noise: Tensor | None,
+    *,
+    top_k: int,
+    chunk_size: int,
+    query_offset: int,
+    exclude_window: int,
+) -> tuple[Tensor, Tensor]:
+    """Indices (B, L, Hr, top_k) int32 and scores float32; rules in `reference.select_chunks`."""
+    where = {"chunk_size": chunk_size, "query_offset": query_offset, "exclude_window": exclude_window}
+    if noise is not None or top_k > _SCAN_TOP_K or top_k >= landmarks.shape[1]:
+        return select_blocks(q, landmarks, documents, noise, top_k=top_k, **where)
+    return select_scan(q, landmarks, documents, top_k=top_k, **where)
+
+
+def select_blocks(
+    q: Tensor,
+    landmarks: Tensor,
+    documents: Tensor | None,
+    noise: Tensor | None,
+    *,
+    top_k: int,
+    chunk_size: int,
+    query_offset: int,
+    exclude_window: int,
+) -> tuple[Tensor, Tensor]:
+    """Selection of many chunks, of all visible ones, or with noise: plain torch, a block of queries at a time."""
+    batch, length, heads, dim = q.shape
+    chunks = landmarks.shape[1]
+    ids = torch.empty(batch, length, heads, top_k, dtype=torch.int32, device=q.device)
+    scores = torch.empty(batch, length, heads, top_k, dtype=torch.float32, device=q.device)
+    lowest = torch.finfo(torch.float32).min
+    lm = landmarks.float().permute(0, 2, 3, 1)  # (B, Hr, Dr, C)
+    column = torch.arange(chunks, device=q.device)
+    docs = reference.chunk_documents(documents, chunks, chunk_size)
+    width = min(top_k, chunks)
+    block = max(1, _BLOCK_BYTES // (batch * heads * chunks * 16))
+    for begin in range(0, length, block):
+        end = min(begin + block, length)
+        seen = reference.visible_chunks(
+            begin, end, chunks, chunk_size, query_offset, documents, docs, exclude_window, q
+        )[:, :, None]
+        part = torch.matmul((q[:, begin:end].float() * (1.0 / math.sqrt(dim))).transpose(1, 2), lm).transpose(1, 2)
+        if top_k >= chunks and documents is None and exclude_window == 0:  # a prefix: nothing moves
+            ids[:, begin:end, :, :chunks] = torch.where(seen, column.int(), -1)
+            scores[:, begin:end, :, :chunks] = part.masked_fill_(~seen, lowest)
+            ids[:, begin:end, :, chunks:] = -1
+            scores[:, begin:end, :, chunks:] = lowest
+            continue
+        take = seen.expand(part.shape)
+        if top_k < chunks:
+            key = part if noise is None else part + noise.expand(batch, length, heads, chunks)[:, begin:end]
+            key = key.masked_fill(~seen, -math.inf)
+            bar = torch.topk(key, top_k, sorted=False)[0].amin(-1, keepdim=True)
+            above, tie = key > bar, (key == bar) & seen
+            room = top_k - above.sum(-1, keepdim=True)
+            take = above | (tie & (tie.cumsum(-1, dtype=torch.int32) <= room))
+        # The chosen ones move to the front, in ascending id; the others to a column that is cut off.
+        place = torch.where(take, take.cumsum(-1, dtype=torch.int32) - 1, width).long()
+        front = torch.full((*part.shape[:3], width + 1), -1, dtype=torch.int32, device=q.device)
+        front.scatter_(-1, place, column.int().expand(part.shape))
+        ids[:, begin:end, :, :width], ids[:, begin:end, :, width:] = front[..., :width], -1
+        picked = torch.full((*part.shape[:3], width + 1), lowest, dtype=torch.float32, device=q.device)
+        picked.scatter_(-1, place, part)
+        scores[:, begin:end, :, :width], scores[:, begin:end, :, width:] = picked[..., :width], lowest
+    return ids, scores
+
+
+def select_scan(
     q: Tensor,
     landmarks: Tensor,
     documents: Tensor | None,
@@ -48,7 +118,7 @@ def select(
     query_offset: int,
     exclude_window: int,
 ) -> tuple[Tensor, Tensor]:
-    """Indices (B, L, Hr, top_k) int32 and scores float32; rules in `reference.select_chunks`."""
+    """Selection by kernels that store candidates only."""
     batch, length, heads, dim = q.shape
     chunks = landmarks.shape[1]
     device = q.device

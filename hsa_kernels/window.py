@@ -1,7 +1,8 @@
-"""Sliding-window attention on CUDA by well-kept kernels: FlexAttention over a band of blocks, or torch's fused causal
-attention (cuDNN, FlashAttention) where the window covers everything.
+"""Sliding-window attention on CUDA by well-kept kernels, chosen by measurement (docs/kernels.md, "Window").
 
-The band's block lists are arithmetic, so nothing of size L x L is ever made, documents or not.
+Half precision without documents: torch's FlashAttention. With documents, or in fp32: FlexAttention over a band of
+blocks, whose lists are arithmetic. A window that covers everything: torch's fused causal attention. Nothing of size
+L x L is ever made.
 """
 
 from __future__ import annotations
@@ -33,10 +34,30 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def flex_window(
+def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None, key_offset: int, scale: float | None
 ) -> Tensor:
     """Shapes and rule in `reference.sliding_window_attention`."""
+    if documents is None and q.dtype != torch.float32 and window < key_offset + q.shape[1]:
+        return flash_window(q, k, v, window, key_offset, scale)
+    return flex_window(q, k, v, window, documents, key_offset, scale)
+
+
+def flash_window(q: Tensor, k: Tensor, v: Tensor, window: int, key_offset: int, scale: float | None) -> Tensor:
+    """torch's FlashAttention with a window. Its last query meets its last key, so keys behind the queries go first."""
+    stop = key_offset + q.shape[1]
+    start = max(0, key_offset - window + 1)
+    k, v = k[:, start:stop], v[:, start:stop]
+    sizes = (q.shape[1], k.shape[1])
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, *sizes, 0.0, True, False, scale=scale, window_size_left=window - 1, window_size_right=0
+    )[0]
+
+
+def flex_window(
+    q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None, key_offset: int, scale: float | None
+) -> Tensor:
+    """FlexAttention, or torch's fused causal attention where the window covers all."""
     length = q.shape[1]
     if length > _SEGMENT and window < length:
         parts = [

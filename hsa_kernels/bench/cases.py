@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hsa_kernels import reference
+from hsa_kernels import window as window_attention
 
 # Largest relative error (norm of the difference over norm) of a result whose time is shown, bfloat16.
 TOLERANCE = 3e-3
@@ -52,10 +53,14 @@ def choose_ids(length: int, heads: int, top_k: int, chunk_size: int, kind: str, 
     """Causal chunk ids (1, L, heads, K), -1 where a token sees no chunk.
 
     overlap: every column keeps its chunk from one token to the next with probability 0.8; random: fresh ids for every
-    token; clustered: runs of neighbouring chunks; hot: all tokens choose chunk 0, padded with fresh ids from there on.
+    token; clustered: runs of neighbouring chunks; hot: all tokens choose chunk 0, padded with fresh ids from there on;
+    all: every visible chunk.
     """
     g = torch.Generator(device=device).manual_seed(0)
     t = torch.arange(length, device=device, dtype=torch.int32).view(1, length, 1, 1)
+    if kind == "all":
+        column = torch.arange(top_k, device=device, dtype=torch.int32)
+        return torch.where(column < t // chunk_size, column, -1).expand(1, length, heads, top_k).contiguous()
     u = torch.rand(1, length, heads, top_k, device=device, generator=g)
     source = t.expand(1, length, heads, top_k)
     if kind == "overlap":
@@ -165,6 +170,32 @@ def dense_attention(case: Case) -> tuple[Callable[[], Tensor], Callable[[], obje
         return torch.autograd.grad(forward(), (q, k, v), cotangent)
 
     return forward, both
+
+
+def window_methods(window: int) -> dict[str, Callable[..., Tensor]]:
+    """What `sliding_window_attention` may choose from: q, k, v -> output, causal, the last `window` tokens."""
+    methods: dict[str, Callable[..., Tensor]] = {
+        "torch flash": lambda q, k, v: window_attention.flash_window(q, k, v, window, 0, None),
+        "flex": lambda q, k, v: window_attention.flex_window(q, k, v, window, None, 0, None),
+    }
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_func
+
+        methods["flash-attn package"] = lambda q, k, v: flash_attn_func(
+            q, k, v, causal=True, window_size=(window - 1, 0)
+        )
+    return methods
+
+
+def window_error(run: Callable[..., Tensor], inputs: list[Tensor], window: int) -> float:
+    """Relative error of the last 128 tokens' output against the fp64 oracle."""
+    rows, keys = slice(-128, None), slice(-128 - window, None)
+    q, k, v = (x.detach() for x in inputs)
+    with torch.no_grad():
+        sampled = (q[:, rows].double(), k[:, keys].double(), v[:, keys].double())
+        offset = min(window, q.shape[1] - 128)
+        want = reference.sliding_window_attention(*sampled, window=window, key_offset=offset)
+        return relative(run(q, k, v)[:, rows], want)
 
 
 def load_authors(path: str) -> Callable[..., Tensor]:

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hsa_kernels.bench import cases
 from hsa_kernels.bench.cases import Case, make_case, measure, peak_gigabytes
 from hsa_kernels.triton import attention
 
-SECTIONS = ("long", "ratios", "selection", "decode", "million", "adversarial", "curve", "window")
+SECTIONS = ("curve", "long", "ratios", "million", "window", "selection", "decode", "adversarial", "full")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="write a picture of time against length (PNG)")
     parser.add_argument("--authors-path", metavar="DIR", help="checkout of the authors' repository, to time its kernel")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[131072, 16384, 8192, 32768, 65536, 4096])
 
 
 class Report:
@@ -101,12 +102,21 @@ def _theirs(case: Case, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def _settle(case: Case, run: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """One step, until the overlap of the selection is known: what is checked is then what is timed."""
+    torch.autograd.grad(run(*inputs), inputs, case.cotangent)
+    torch.cuda.synchronize()
+
+
 def _attention_rows(
     report: Report, section: str, label: str, case: Case, run: Callable[..., Tensor], *, check: bool, **facts: Any
 ) -> None:
     attention.forget_overlap()  # the case before may have chosen another loop order
     inputs = case.inputs()
-    error = cases.attention_error(case, run, backward=True) if check else None
+    error = None
+    if check:
+        _settle(case, run, inputs)
+        error = cases.attention_error(case, run, backward=True)
 
     def forward() -> object:
         with torch.no_grad():
@@ -135,20 +145,41 @@ def _curve(report: Report, lengths: list[int], authors: Callable[..., Tensor] | 
 
 
 def _window(report: Report, lengths: list[int]) -> None:
-    for length in lengths:
-        case = make_case(length, 16, 1, kind="overlap")
-        q, k, v = case.inputs()[:3]
+    """The operator at every length, and what it could have taken at the longest."""
+    for size in (4096, 512):
+        for length in lengths if size == 4096 else [max(lengths)]:
+            case = make_case(length, 16, 1, kind="random", top_k=1)
+            inputs = case.inputs()[:3]
+            methods = {"window": partial(sliding_window_attention, window=size)}
+            if length == max(lengths):
+                methods |= cases.window_methods(size)
+            for method, run in methods.items():
 
-        def window(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return sliding_window_attention(q, k, v, window=4096)
+                def both(run: Callable[..., Tensor] = run) -> object:
+                    return torch.autograd.grad(run(*inputs), inputs, case.cotangent)  # noqa: B023
 
-        def both(q: Tensor = q, k: Tensor = k, v: Tensor = v, g: Tensor = case.cotangent) -> object:
-            return torch.autograd.grad(sliding_window_attention(q, k, v, window=4096), (q, k, v), g)
+                facts: dict[str, Any] = {"length": length, "heads": "16/1", "window": size, "method": method}
+                label = f"{method} {size} {length}"
+                # The tolerance is wider: torch's kernels round P and dS once more than ours.
+                error = cases.window_error(run, inputs, size)
+                with torch.no_grad():
+                    report.add("window", f"{label} forward", lambda: run(*inputs), error=error, tolerance=5e-3, **facts)  # noqa: B023
+                report.add("window", f"{label} forward+backward", both, error=error, tolerance=5e-3, **facts)
 
-        facts: dict[str, Any] = {"length": length, "heads": "16/1", "method": "window"}
+
+def _full(report: Report) -> None:
+    """Every visible chunk chosen, as stages with `top_k: full` do: selection and attention."""
+    for length in (16384, 32768):
+        case = make_case(length, 16, 1, kind="all", top_k=length // 64)
+        facts: dict[str, Any] = {"length": length, "heads": "16/1", "kind": "all"}
+        _attention_rows(
+            report, "full", f"hsa {length} all chunks", case, _ours(case), check=True, method="hsa", **facts
+        )
+        g = torch.Generator(device="cuda").manual_seed(0)
+        q, lm = (torch.randn(1, n, 1, 128, device="cuda", generator=g) for n in (length, length // 64))
         with torch.no_grad():
-            report.add("window", f"window 4096 {length} forward", window, **facts)
-        report.add("window", f"window 4096 {length} forward+backward", both, **facts)
+            run = partial(select_chunks, q, lm, top_k=length // 64)
+            report.add("full", f"selection {length} all chunks", run, **facts)
 
 
 def _long(report: Report, authors: Callable[..., Tensor] | None) -> None:
@@ -216,6 +247,8 @@ def _million(report: Report) -> None:
     length = 1 << 20
     case = make_case(length, 16, 1, kind="overlap")
     run, inputs = _ours(case), case.inputs()
+    attention.forget_overlap()
+    _settle(case, run, inputs)
     error = cases.attention_error(case, run, backward=True)
     torch.cuda.empty_cache()
 
@@ -263,6 +296,7 @@ def _plot(report: Report, path: str) -> None:
         for method, label in (("hsa", "HSA, K 64"), ("authors", "authors' kernel"), ("cudnn", "cuDNN causal"),
                               ("window", "window 4096")):  # fmt: skip
             rows = [r for r in report.rows if r["section"] in ("curve", "window") and r.get("method") == method]
+            rows = [r for r in rows if r.get("window", 4096) == 4096]
             rows = sorted((r for r in rows if r["name"].endswith(f" {what}") and "ms" in r), key=lambda r: r["length"])
             if rows:
                 axis.plot([r["length"] for r in rows], [r["ms"] for r in rows], marker="o", label=label)
@@ -304,6 +338,7 @@ def main(args: argparse.Namespace) -> int:
         "selection": lambda: _selection(report),
         "million": lambda: _million(report),
         "decode": lambda: _decode(report),
+        "full": lambda: _full(report),
     }
     for name in args.only:
         sections[name]()

@@ -10,20 +10,22 @@ from torch import Tensor
 
 from hsa_kernels.index import Pairs, Union, build_pairs, build_union, pair_buffer_size, pairs_from
 from hsa_kernels.triton import attention_kernels as kernels
-from hsa_kernels.triton import interpreter, stream
+from hsa_kernels.triton import hopper, interpreter
 from hsa_kernels.triton.overlap import OverlapMonitor
 
-# Union order needs enough query heads per key/value head, and neighbours that share chunks: above this share of fresh
-# chunks per further token the chunk order is faster (measurements in docs/kernels.md).
+# Union order needs enough query heads per key/value head, and neighbours that share chunks: above this many entries in
+# the union of 64 rows per chosen chunk the chunk order is faster (measurements in docs/kernels.md).
 _UNION_RATIO = 8
-_UNION_FRESH = 0.43
+_UNION_OVERLAP = 2.6
 # The same for dq in union order; dk and dv take the chunk order always.
-_TWO_PASS_FRESH = 0.22
+_TWO_PASS_OVERLAP = 1.75
 # In chunk order the overlap is measured once in so many calls.
 _MEASURE_EVERY = 64
 _monitors: defaultdict[tuple[object, ...], OverlapMonitor] = defaultdict(OverlapMonitor)
-# Working set of a segment of queries in the L2 cache: q, do in bfloat16 and dq in fp32, 8 bytes an element.
+# Working set of a segment of queries in the L2 cache: q, do in bfloat16 and dq in fp32, 8 bytes an element. With few
+# query heads a smaller one is faster: the gathered rows are short.
 _SEGMENT_BYTES = 32 << 20
+_SEGMENT_BYTES_FEW_HEADS = 16 << 20
 # Rows of one work item at most.
 _PART_ROWS = 8192
 # fp32 sums of o or dq that one pass over the queries may hold.
@@ -122,20 +124,16 @@ def _launch_union(
     scale: float,
     *,
     backward: bool,
-    streaming: stream.Tiling | None = None,
 ) -> Union:
     """Fills out (o or dq) and dw; returns the union lists."""
     batch, length, heads_q, dim = q.shape
     heads = k.shape[2]
     ratio = heads_q // heads
     chunks, tile = k.shape[1] // chunk_size, union_tile(ratio)
-    if streaming is None and stream.supports(q, k, idx.shape[3], chunk_size):
-        streaming = stream.BACKWARD if backward else stream.FORWARD
-    if streaming is not None:
+    if hopper.supports(q, k, idx.shape[3], chunk_size):
+        streaming = hopper.union_tiling(ratio, idx.shape[3], backward)
         union = build_union(idx, chunks, tile * streaming.groups)
-        stream.launch(
-            q, k, v, w, grad, out, dw, union, chunk_size, scale, backward=backward, tiling=streaming
-        )
+        hopper.launch(q, k, v, w, grad, out, dw, union, chunk_size, scale, backward=backward, tiling=streaming)
         return union
     union = build_union(idx, chunks, tile)
     tiling = _union_tiling(q, chunk_size, backward)
@@ -161,7 +159,19 @@ def _segment(ratio: int, dim: int, chunks: int, top_k: int) -> int:
 
     Heads follow each other, so the rows of one key/value head make the working set.
     """
-    return max(_SEGMENT_BYTES // (ratio * dim * 8), chunks * 16 // top_k)
+    size = _SEGMENT_BYTES if ratio >= _UNION_RATIO else _SEGMENT_BYTES_FEW_HEADS
+    return max(size // (ratio * dim * 8), chunks * 16 // top_k)
+
+
+def _segment_without_dq(ratio: int, dim: int, chunks: int, top_k: int, length: int) -> int:
+    """The same for dk and dv alone: 4 bytes an element, and 128 pairs in a bin.
+
+    Where that takes more than twice the working set there are no segments: reading q and do from memory again costs
+    less than adding dk and dv to memory often (1M tokens: 188 ms against 242 with segments of 8192).
+    """
+    cached = _SEGMENT_BYTES // (ratio * dim * 4)
+    wanted = chunks * 128 // top_k
+    return max(cached, wanted) if wanted <= 2 * cached else length
 
 
 def _shared_bins(q: Tensor, heads: int, idx_shape: torch.Size, chunks: int) -> Bins | None:
@@ -203,6 +213,11 @@ def _launch_chunks(
     heads = k.shape[2]
     ratio, chunks, top_k = heads_q // heads, k.shape[1] // chunk_size, w.shape[3]
     backward = dk is not None
+    # With dq and many query heads the Triton kernel is as fast.
+    gather = not parts and not (with_dq and ratio >= _UNION_RATIO) and hopper.supports_gather(q, k, chunk_size)
+    if dk is not None and dv is not None and gather:
+        hopper.launch_gather(q, k, v, w, pairs, grad, out, dw, dk, dv, chunk_size, scale, with_dq=with_dq)
+        return
     tiling = _chunk_tiling(q, chunk_size, backward, with_dq)
     tile = max(1, tiling.rows // ratio)
     if parts:
@@ -278,8 +293,8 @@ def forward(
     if ratio < _UNION_RATIO:
         return forward_chunks(*args)
     monitor = _monitors[(q.device, ratio, top_k, idx.shape[1])]
-    fresh = monitor.read()
-    if fresh is None or fresh <= _UNION_FRESH:
+    overlap = monitor.overlap(union_tile(ratio))
+    if overlap is None or overlap <= _UNION_OVERLAP:
         return forward_union(*args, monitor=monitor), none
     if monitor.wants_measurement(_MEASURE_EVERY):
         tile = union_tile(ratio)
@@ -299,8 +314,8 @@ def backward(
     ratio = q.shape[2] // k.shape[2]
     if ratio < _UNION_RATIO:
         return backward_form(*args, one_pass=True, deterministic=False, lists=lists)
-    fresh = _monitors[(q.device, ratio, idx.shape[3], idx.shape[1])].read()
-    one_pass = fresh is None or fresh > _TWO_PASS_FRESH
+    overlap = _monitors[(q.device, ratio, idx.shape[3], idx.shape[1])].overlap(union_tile(ratio))
+    one_pass = overlap is None or overlap > _TWO_PASS_OVERLAP
     return backward_form(*args, one_pass=one_pass, deterministic=False)
 
 
@@ -339,8 +354,8 @@ def backward_form(
         _launch_chunks(q, k, v, w, pairs, grad, dq, dw, dk, dv, *args, with_dq=False, parts=True)
         return dq, dk, dv, dw
     dk32, dv32 = (torch.zeros(batch, heads, keys, dim, dtype=torch.float32, device=q.device) for _ in "kv")
-    segment = _segment(ratio, dim, chunks, top_k)
     if one_pass:
+        segment = _segment(ratio, dim, chunks, top_k)
         bins = _shared_bins(q, heads, idx.shape, chunks)
         for queries in _query_passes(q):
             if bins is not None and lists is not None and lists.numel() > 0:
@@ -352,12 +367,8 @@ def backward_form(
             _launch_chunks(*inputs, total, dw[:, queries], dk32, dv32, *args, with_dq=True, parts=False)
             dq[:, queries] = total
     else:
-        pairs = build_pairs(idx, chunks, segment=_long_segment(segment), part=part, stable=False)
+        segment = _segment_without_dq(ratio, dim, chunks, top_k, length)
+        pairs = build_pairs(idx, chunks, segment=segment, part=part, stable=False)
         _launch_chunks(q, k, v, w, pairs, grad, dq, dw, dk32, dv32, *args, with_dq=False, parts=False)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     return dq, dk.copy_(dk32.transpose(1, 2)), dv.copy_(dv32.transpose(1, 2)), dw
-
-
-def _long_segment(segment: int) -> int:
-    import os
-    return segment * int(os.environ.get("SEG", "1"))

@@ -42,7 +42,7 @@ def _union_weights(W, slot, stride_wk):
     return tl.load(W + slot * stride_wk, mask=slot >= 0, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def union_attention_kernel(
     Q, K, V, W, DO,
     OUT,  # o forward, dq backward; like Q
@@ -116,7 +116,7 @@ def union_attention_kernel(
     tl.store(o_at, acc.to(OUT.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks", "segments"])
 def chunk_attention_kernel(
     Q, K, V, W, DO,
     OUT,  # o or dq: (B, L, Hq, D) fp32, zeroed
@@ -161,10 +161,17 @@ def chunk_attention_kernel(
         if BACKWARD:
             dk = tl.zeros([S, D], dtype=tl.float32)
             dv = tl.zeros([S, D], dtype=tl.float32)
+        # Forward has registers left to fetch pairs one tile ahead.
+        if not BACKWARD:
+            following = tl.load(ORDER + first + row // R, mask=first + row // R < end, other=0)
         for i in range(first, end, T):
             at = i + row // R
             inside = at < end
-            pair = tl.load(ORDER + at, mask=inside, other=0)
+            if BACKWARD:
+                pair = tl.load(ORDER + at, mask=inside, other=0)
+            else:
+                pair = following
+                following = tl.load(ORDER + at + T, mask=at + T < end, other=0)
             t = (pair // TOPK).to(tl.int64)
             q = tl.load(q_at + t[:, None] * stride_ql, mask=inside[:, None], other=0.0)
             weight = tl.load(w_at + t * stride_wl + (pair % TOPK) * stride_wk, mask=inside, other=0.0).to(tl.float32)

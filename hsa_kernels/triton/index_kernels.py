@@ -14,7 +14,7 @@ def _write_union(
     key, none, CHUNKS, SLOTS, COUNT, pid, K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Entries of sorted keys (chunk * SPAN + ...) * TP * KP + token * KP + column; equal key // (TP * KP) = one entry."""
+    """Entries of sorted keys (chunk * SPAN + ...) * TP * KP + token * KP + column: one for every key // (TP * KP)."""
     i = tl.arange(0, TP * KP)
     group = key // (TP * KP)
     real = key != none
@@ -27,7 +27,7 @@ def _write_union(
     tl.store(COUNT + pid, tl.sum(first.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks"])
 def union_kernel(
     IDX,  # (B, L, H, K) int32 contiguous
     CHUNKS,  # (B * H * tiles, T * K) int32: chunk of every union entry
@@ -92,7 +92,7 @@ def _bins(
     return at, bin_id * chunks + chunk, (chunk >= 0) & (chunk < chunks), pair
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks", "segment", "segments"])
 def count_kernel(
     IDX,
     COUNT,  # (bins,) int32, zeroed
@@ -106,7 +106,7 @@ def count_kernel(
     tl.store(RANK + at, rank, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks", "segment", "segments"])
 def fill_kernel(
     IDX, START, RANK, ORDER, length, chunks, segment, segments,
     H: tl.constexpr, K: tl.constexpr, HKP: tl.constexpr, ROWS: tl.constexpr,
@@ -117,7 +117,7 @@ def fill_kernel(
     tl.store(ORDER + position, pair, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bins"])
 def items_kernel(START, ITEM_START, ITEM_BIN, ITEM_FIRST, bins, PART: tl.constexpr, BLOCK: tl.constexpr):
     """Work items: a bin's pairs in parts of at most PART, so that no hot chunk makes one program long."""
     bin_id = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -28,8 +28,7 @@ class OverlapMonitor:
         return self._since >= every
 
     def record(self, count: Tensor, top_k: int, tile: int) -> None:
-        """Start copying the share, from the entries (tiles,) of unions, to the host; no wait. Ignored inside a CUDA graph
-        capture."""
+        """Start copying the share, from the entries (tiles,) of unions, to the host; no wait. Ignored in a capture."""
         if count.device.type != "cuda" or torch.cuda.is_current_stream_capturing() or self._event is not None:
             return
         self._since = 0
@@ -46,3 +45,8 @@ class OverlapMonitor:
             self.fresh = float(self._host)
             self._event = None
         return self.fresh
+
+    def overlap(self, tile: int) -> float | None:
+        """Entries in the union of `tile` tokens over K, from the newest share that has arrived."""
+        fresh = self.read()
+        return None if fresh is None else 1 + (tile - 1) * fresh

@@ -67,6 +67,7 @@ def select_op(
     q: Tensor,
     landmarks: Tensor,
     documents: Tensor | None,
+    noise: Tensor | None,
     top_k: int,
     chunk_size: int,
     query_offset: int,
@@ -77,6 +78,7 @@ def select_op(
         q,
         landmarks,
         documents,
+        noise,
         top_k=top_k,
         chunk_size=chunk_size,
         query_offset=query_offset,
@@ -85,7 +87,7 @@ def select_op(
 
 
 @select_op.register_fake
-def _(q, landmarks, documents, top_k, chunk_size, query_offset, exclude_window):
+def _(q, landmarks, documents, noise, top_k, chunk_size, query_offset, exclude_window):
     shape = (*q.shape[:3], top_k)
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
 
@@ -104,14 +106,14 @@ def _(q, landmarks, indices, grad, chunk_size, query_offset):
 
 
 def _save_select(ctx, inputs, output):
-    q, landmarks, _, _, ctx.chunk_size, ctx.query_offset, _ = inputs
+    q, landmarks, _, _, _, ctx.chunk_size, ctx.query_offset, _ = inputs
     ctx.save_for_backward(q, landmarks, output[0])
     ctx.mark_non_differentiable(output[0])
 
 
 def _select_gradient(ctx, _, grad):
     dq, dlm = select_backward_op(*ctx.saved_tensors, grad, ctx.chunk_size, ctx.query_offset)
-    return dq, dlm, None, None, None, None, None
+    return dq, dlm, None, None, None, None, None, None
 
 
 select_op.register_autograd(_select_gradient, setup_context=_save_select)

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from hsa_kernels import reference
 from hsa_kernels.bench import cases, kernels
 
 
@@ -73,3 +74,20 @@ def test_selections_of_the_benchmark_are_causal(kind):
     assert bool((ids[:, :size] == -1).all()) and bool((ids[:, size:] >= 0).all())
     if kind == "overlap":
         assert (ids[:, 1:] == ids[:, :-1]).float().mean() > 0.7
+
+
+def test_all_means_every_visible_chunk():
+    ids = cases.choose_ids(200, 1, 4, 64, "all", torch.device("cpu"))[0, :, 0]
+    assert ids[63].tolist() == [-1] * 4 and ids[64].tolist() == [0, -1, -1, -1] and ids[199].tolist() == [0, 1, 2, -1]
+
+
+def test_the_gate_of_the_window_sees_a_wrong_window():
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 300, 2, 16, generator=g) for _ in "qkv"]
+
+    def run(q, k, v, window=40):
+        return reference.sliding_window_attention(q, k, v, window=window)
+
+    assert cases.window_error(run, inputs, 40) < 1e-5
+    assert cases.window_error(run, inputs, 41) > 1e-3
+    assert cases.window_error(run, inputs, 500) > 1e-3

@@ -196,6 +196,35 @@ def test_selection_gradients_in_blocks(monkeypatch):
         assert relative(ours, expected) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["prefix", "documents", "more than there are", "many", "noise", "excluded"])
+def test_selection_by_blocks_equals_the_oracle(monkeypatch, kind):
+    """All visible chunks, more than 128 of them, and noise; in blocks of a few queries."""
+    monkeypatch.setattr(register.selection, "_BLOCK_BYTES", 16 * 300 * 16 * 7)
+    g = torch.Generator().manual_seed(1)
+    length, chunks, size, offset = 30, 300, 2, 560
+    q, lm = (torch.randint(-3, 4, (2, n, 2, 16), generator=g).float().to(DEVICE) for n in (length, chunks))
+    q, lm = q.requires_grad_(), lm.requires_grad_()
+    kwargs = {"top_k": chunks, "chunk_size": size, "query_offset": offset}
+    if kind == "documents":  # documents of 5 chunks; the first tokens see none
+        kwargs["documents"] = (torch.arange(offset + length) // 10).int().expand(2, -1).to(DEVICE)
+    if kind == "more than there are":
+        kwargs["top_k"] = chunks + 9
+    if kind == "many":
+        kwargs["top_k"] = 200
+    if kind == "noise":
+        kwargs |= {"top_k": 5, "noise": torch.randn(2, 1, 1, chunks, generator=g).to(DEVICE)}
+    if kind == "excluded":
+        kwargs["exclude_window"] = 37
+    ids, scores = select_chunks(q, lm, backend="triton", **kwargs)
+    want_ids, want = select_chunks(q, lm, backend="reference", **kwargs)
+    assert ids.dtype == torch.int32 and torch.equal(ids, want_ids)
+    torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-5)
+    cot = torch.randn(scores.shape, generator=g).to(DEVICE)
+    got = torch.autograd.grad((selection_weights(scores, ids) * cot).sum(), (q, lm))
+    for a, b in zip(got, torch.autograd.grad((selection_weights(want, ids) * cot).sum(), (q, lm)), strict=True):
+        assert relative(a, b) <= 1e-5
+
+
 def test_selection_in_passes(monkeypatch):
     monkeypatch.setattr(register.selection, "_PASS_BYTES", 0)
     monkeypatch.setattr(register.selection, "_BLOCK_BYTES", 0)
@@ -259,9 +288,9 @@ def test_loop_order_follows_the_head_ratio_and_the_overlap(monkeypatch):
     attention.forward(*wide, ids, 16, 1.0)
     attention.forward(*narrow, narrow_ids, 16, 1.0)
     monitor = attention._monitors[(wide[0].device, 8, 2, 4)]
-    monkeypatch.setattr(monitor, "read", lambda: 0.9)
+    monkeypatch.setattr(monitor, "overlap", lambda tile: 3.0)
     attention.forward(*wide, ids, 16, 1.0)
-    monkeypatch.setattr(monitor, "read", lambda: 0.1)
+    monkeypatch.setattr(monitor, "overlap", lambda tile: 1.5)
     attention.forward(*wide, ids, 16, 1.0)
     assert used == ["forward_union", "forward_chunks", "forward_chunks", "forward_union"]
     attention.forget_overlap()
@@ -273,7 +302,7 @@ def test_operators_pass_torch_checks():
     inputs = [x.requires_grad_() for x in tensors]
     torch.library.opcheck(register.attention_op, (*inputs, idx, 16, 0.25), test_utils=CHECKS)
     q, lm = (torch.randn(1, n, 1, 16, device=DEVICE, requires_grad=True) for n in (5, 9))
-    torch.library.opcheck(register.select_op, (q, lm, None, 2, 1, 6, 0), test_utils=CHECKS)
+    torch.library.opcheck(register.select_op, (q, lm, None, None, 2, 1, 6, 0), test_utils=CHECKS)
 
 
 def test_dispatch_compiles_into_one_graph():
@@ -303,6 +332,6 @@ def test_unsupported_cases_say_why_and_auto_takes_the_reference():
         hsa_attention(*tensors, idx, chunk_size=16, backend="triton")
     want = hsa_attention(*tensors, idx, chunk_size=16, backend="reference")
     torch.testing.assert_close(hsa_attention(*tensors, idx, chunk_size=16), want)
-    q = torch.randn(1, 4, 1, 16, device=DEVICE)
-    with pytest.raises(ValueError, match="nothing to choose"):
+    q = torch.randn(1, 4, 1, 24, device=DEVICE)
+    with pytest.raises(ValueError, match="retrieval size 24"):
         select_chunks(q, q, top_k=4, backend="triton")

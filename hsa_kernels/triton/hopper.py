@@ -1,4 +1,4 @@
-"""Host side of the streaming union kernel: when it runs, its launch parameters, its launch."""
+"""Host side of the kernels for Hopper GPUs: when they run, their launch parameters, their launches."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
-from hsa_kernels.index import Union
+from hsa_kernels.index import Pairs, Union
 from hsa_kernels.triton import interpreter
 
 
@@ -22,13 +23,20 @@ class Tiling:
     q_in_registers: bool
 
 
-FORWARD = Tiling(groups=2, stages=5, registers=232, q_in_registers=True)
-BACKWARD = Tiling(groups=2, stages=5, registers=232, q_in_registers=True)
+def union_tiling(ratio: int, top_k: int, backward: bool) -> Tiling:
+    """Three groups share a stream where their registers suffice and the union of their tokens is not large to sort."""
+    if backward or ratio < 16 or top_k > 128:
+        return Tiling(groups=2, stages=4 if backward else 5, registers=232, q_in_registers=True)
+    return Tiling(groups=3, stages=5, registers=160, q_in_registers=False)
+
+
+# Gluon, the language of these kernels, changes between versions of Triton: elsewhere the Triton kernels run.
+_TRITON_VERSIONS = ("3.6.",)
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
+def _runs_on(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9 and triton.__version__.startswith(_TRITON_VERSIONS)
 
 
 def supports(q: Tensor, k: Tensor, top_k: int, chunk_size: int) -> bool:
@@ -42,7 +50,7 @@ def supports(q: Tensor, k: Tensor, top_k: int, chunk_size: int) -> bool:
         and q.shape[3] in (64, 128)
         # The slots of a group's tokens make one integer.
         and 64 // ratio * (8 if top_k <= 128 else 16) <= 64
-        and _is_hopper(q.device)
+        and _runs_on(q.device)
     )
 
 
@@ -54,7 +62,7 @@ def launch(
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from hsa_kernels.triton.stream_kernels import stream_attention_kernel
+    from hsa_kernels.triton.hopper_union import stream_attention_kernel
 
     batch, length, heads_q, dim = q.shape
     keys, heads = k.shape[1], k.shape[2]
@@ -75,4 +83,36 @@ def launch(
         HEADS=heads, R=ratio, T=tokens, G=tiling.groups, TOPK=union.chunks.shape[1] // union.tile, S=chunk_size,
         D=dim, STAGES=tiling.stages, BITS=bits, BACKWARD=backward, Q_IN_REGISTERS=tiling.q_in_registers,
         REGISTERS=tiling.registers, num_warps=4,
+    )  # fmt: skip
+
+
+def supports_gather(q: Tensor, k: Tensor, chunk_size: int) -> bool:
+    """Whether the gathering backward kernel takes this case."""
+    return (
+        not interpreter.enabled()
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and chunk_size == 64
+        and q.shape[3] in (64, 128)
+        and _runs_on(q.device)
+    )
+
+
+def launch_gather(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, pairs: Pairs, grad: Tensor, dq: Tensor, dw: Tensor, dk: Tensor,
+    dv: Tensor, chunk_size: int, scale: float, *, with_dq: bool,
+) -> None:  # fmt: skip
+    """Add to dk, dv (B, Hkv, C * S, D) fp32 and, with_dq, to dq (B, L, Hq, D) fp32; dw is stored."""
+    from hsa_kernels.triton.hopper_chunk import gather_backward_kernel
+
+    length, heads_q, dim = q.shape[1:]
+    heads = k.shape[2]
+    ratio = heads_q // heads
+    q, k, v, grad = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, grad))
+    gather_backward_kernel[(pairs.max_items,)](
+        q, k, v, w, grad, dq, dw, dk, dv,
+        pairs.order, pairs.start, pairs.item_bin, pairs.item_first, pairs.item_start[-1:],
+        scale, length, k.shape[1] // chunk_size, pairs.segments,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride(), *grad.stride()[:3], *dw.stride(),
+        HEADS=heads, R=ratio, T=64 // ratio, TOPK=w.shape[3], S=chunk_size, D=dim, PART=pairs.part,
+        STAGES=4, WITH_DQ=with_dq, REGISTERS=232, GATHER_REGISTERS=40, num_warps=4,
     )  # fmt: skip

@@ -51,7 +51,8 @@ def _attend(
     """One warp group: its T tokens' share of every entry; o or dq stays in registers."""
     tensors, strides, place, rings, scale = args
     q_at, g_at, o_at, w_at, d_at, words_at = tensors
-    stride_ql, stride_qh, stride_gl, stride_gh, stride_ol, stride_oh, stride_wl, stride_wk, stride_dl, stride_dk = strides
+    stride_ql, stride_qh, stride_gl, stride_gh, stride_ol, stride_oh = strides[:6]
+    stride_wl, stride_wk, stride_dl, stride_dk = strides[6:]
     count, length, first, head = place
     first = first + GROUP * T
     k_ring, v_ring, full, empty, q_tile, do_tile = rings
@@ -119,7 +120,7 @@ def _attend(
                 slot = slot.to(gl.int32)
                 dw_at = d_at + (first + token).to(gl.int64) * stride_dl + slot * stride_dk
                 gl.store(dw_at, dw.to(d_at.dtype.element_ty), mask=slot != ((1 << BITS) - 1))
-                ds = p * (weight / total)[:, None] * (dp - delta[:, None])
+                ds = p * ((dp - delta[:, None]) * (weight / total)[:, None])
                 left = gl.convert_layout(ds.to(q_at.dtype.element_ty), gl.DotOperandLayout(0, sums, 2))
                 acc = warpgroup_mma(left, k, acc, is_async=True)
             else:
@@ -141,7 +142,7 @@ def _attend(
     gl.store(o_at + at, acc.to(o_at.dtype.element_ty), mask=inside)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["length", "keys"])
 def stream_attention_kernel(
     Q, k_desc, v_desc, W, DO,
     OUT,  # o forward, dq backward; like Q
@@ -158,7 +159,7 @@ def stream_attention_kernel(
     STAGES: gl.constexpr, BITS: gl.constexpr, BACKWARD: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """k_desc, v_desc: (B * keys, Hkv * D) by blocks of (S, D). WORDS: the T slots of a group in one integer, G per entry."""
+    """k_desc, v_desc: (B * keys, Hkv * D) in blocks of (S, D). WORDS: the T slots of a group in one integer."""
     tiles = gl.cdiv(length, G * T)
     # The last tokens see most chunks: they go first.
     pid = gl.num_programs(0) - 1 - gl.program_id(0)
