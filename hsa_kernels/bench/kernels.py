@@ -150,7 +150,7 @@ def _window(report: Report, lengths: list[int]) -> None:
         for length in lengths if size == 4096 else [max(lengths)]:
             case = make_case(length, 16, 1, kind="random", top_k=1)
             inputs = case.inputs()[:3]
-            methods = {"window": partial(sliding_window_attention, window=size)}
+            methods: dict[str, Callable[..., Tensor]] = {"window": partial(sliding_window_attention, window=size)}
             if length == max(lengths):
                 methods |= cases.window_methods(size)
             for method, run in methods.items():
