@@ -144,5 +144,7 @@ def _stable_order(indices: Tensor, chunks: int, segment: int, segments: int, bin
     where = (bh * segments + t // segment) * chunks + indices
     where = torch.where((indices >= 0) & (indices < chunks), where, bins)
     by_head = where.transpose(1, 2).reshape(-1)
+    if bins < 2**15:  # half the passes of the radix sort
+        by_head = by_head.to(torch.int16)
     position = torch.sort(by_head, stable=True)[1]
     return (position % (length * top_k)).to(torch.int32)

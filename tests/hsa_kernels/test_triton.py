@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from hsa_kernels import hsa_attention, hsa_decode, reference, select_chunks, selection_weights
+from hsa_kernels import hsa_attention, hsa_decode, ops, reference, select_chunks, selection_weights
 from hsa_kernels import index as work_lists
 from hsa_kernels.ops import window_decode
 from hsa_kernels.triton import attention, interpreter, register
@@ -133,6 +135,17 @@ def test_operator_takes_non_contiguous_inputs_and_gives_gradients():
         torch.autograd.grad(out, odd, cot.transpose(0, 1).contiguous().transpose(0, 1)), grads, strict=True
     ):
         assert relative(a, b) <= 1e-5
+
+
+def test_backward_takes_the_lists_of_forward(monkeypatch):
+    """Head ratios below 8 in half precision: pairs are sorted once."""
+    tensors, idx, cot = make(2, 12, 2, 2, 3, 16, 16, 3, dtype=HALF)
+    _, grads = oracle(tensors, idx, cot, 16, 0.25)
+    inputs = [x.requires_grad_() for x in tensors]
+    out = hsa_attention(*inputs, idx, chunk_size=16, backend="triton")
+    monkeypatch.setattr(attention, "build_pairs", None)
+    for a, b in zip(torch.autograd.grad(out, inputs, cot), grads, strict=True):
+        assert relative(a, b) <= 3e-3
 
 
 def test_deterministic_mode_repeats_its_bits():
@@ -294,6 +307,23 @@ def test_loop_order_follows_the_head_ratio_and_the_overlap(monkeypatch):
     attention.forward(*wide, ids, 16, 1.0)
     assert used == ["forward_union", "forward_chunks", "forward_chunks", "forward_union"]
     attention.forget_overlap()
+
+
+def test_the_reference_does_not_run_unannounced_on_a_gpu():
+    ops._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="select_chunks runs in plain torch, .* do not support the moon"):
+        assert not ops._use_kernels("auto", "select_chunks", "cuda", lambda: "the moon")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not ops._use_kernels("auto", "select_chunks", "cuda", lambda: "the moon")  # once is enough
+        assert not ops._use_kernels("auto", "sliding_window_attention", "cuda", lambda: "the sea")
+        assert ops._use_kernels("auto", "select_chunks", "cuda", lambda: None)
+
+
+def test_segments_follow_the_length():
+    """Bins of dk and dv hold 128 pairs; where that leaves the cache far behind there are no segments."""
+    sizes = [attention._segment_without_dq(16, 128, n // 64, 64, n) for n in (16384, 131072, 262144, 1 << 20)]
+    assert sizes == [4096, 4096, 8192, 1 << 20]
 
 
 def test_operators_pass_torch_checks():

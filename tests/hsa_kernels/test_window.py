@@ -9,6 +9,26 @@ from torch.nn.attention.flex_attention import flex_attention
 from hsa_kernels import reference, window
 
 
+@pytest.mark.parametrize(
+    ("window_size", "dtype", "documents", "kernel"),
+    [
+        (512, torch.bfloat16, False, "flash_window"),
+        (4096, torch.bfloat16, False, "flex_window"),
+        (512, torch.bfloat16, True, "flex_window"),
+        (512, torch.float32, False, "flex_window"),
+        (600, torch.bfloat16, False, "flex_window"),  # covers all: plain causal attention
+    ],
+)
+def test_the_faster_kernel_is_chosen(monkeypatch, window_size, dtype, documents, kernel):
+    used = []
+    for name in ("flash_window", "flex_window"):
+        monkeypatch.setattr(window, name, lambda q, *_, _n=name: used.append(_n) or q)
+    x = torch.zeros(1, 600, 1, 16, dtype=dtype)
+    docs = torch.zeros(1, 600, dtype=torch.int32) if documents else None
+    window.window_attention(x, x, x, window_size, docs, 0, None)
+    assert used == [kernel]
+
+
 # FlexAttention says that its plain form is slow; here that is the point.
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("documents", [False, True])
