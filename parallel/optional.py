@@ -29,7 +29,6 @@ class ComputeConfig:
     loss: full (all logits at once) | chunked (logits of loss_chunk tokens at a time, computed again in backward) |
     deepspeed (DeepSpeed's vocabulary-parallel linear cross entropy, the same idea in one operator).
     tiled_mlp: parts of the sequence in which dense MLPs run, by DeepSpeed's TiledMLP; 1 is not tiled.
-    fp8: matrix products in FP8, by Transformer Engine.
     """
 
     grouped_experts: str = "auto"
@@ -38,7 +37,11 @@ class ComputeConfig:
     loss: str = "full"
     loss_chunk: int = 1024
     tiled_mlp: int = 1
-    fp8: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("grouped_experts", "gradient_accumulation_fusion", "fused_optimizer"):
+            if getattr(self, name) == "False":  # what YAML makes of an unquoted off
+                setattr(self, name, "off")
 
     def problems(self) -> list[str]:
         """Everything that makes these settings impossible anywhere, each as ``compute.field: what is wrong``."""
@@ -162,9 +165,6 @@ def check_compute(compute: ComputeConfig, *, on_gpu: bool) -> None:
     """OptionalPartError for the first thing under ``compute:`` that this machine cannot do."""
     use_fused_gradients(compute.gradient_accumulation_fusion, on_gpu=on_gpu)
     use_fused_optimizer(compute.fused_optimizer, on_gpu=on_gpu)
-    if compute.fp8 and not (on_gpu and find_transformer_engine().usable):
-        missing = "Transformer Engine, which is not installed" if on_gpu else "Transformer Engine and a GPU"
-        raise OptionalPartError(f"compute.fp8=true needs {missing}; leave it out and train in bf16")
     for key, wanted in (("loss=deepspeed", compute.loss == "deepspeed"), ("tiled_mlp", compute.tiled_mlp > 1)):
         if wanted and not find_deepspeed().usable:
             raise OptionalPartError(
@@ -180,7 +180,7 @@ def describe_use(compute: ComputeConfig, *, on_gpu: bool, experts: str = "") -> 
     parts += [f"gradient accumulation {gradients}", f"AdamW {optimizer}", f"loss {compute.loss}"]
     if compute.tiled_mlp > 1:
         parts.append(f"dense MLPs in {compute.tiled_mlp} tiles")
-    return "in use: " + ", ".join(parts + (["FP8"] if compute.fp8 else []))
+    return "in use: " + ", ".join(parts)
 
 
 def describe() -> list[str]:

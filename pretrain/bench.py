@@ -19,6 +19,18 @@ BENCHES = {
         "main",
         "attention operators against cuDNN, FlexAttention and the reference",
     ),
+    "step": (
+        "pretrain.bench_training",
+        "add_step_arguments",
+        "step",
+        "a training step of a recipe on random tokens: tokens/s, MFU, time and memory by part, options as ratios",
+    ),
+    "checkpoint": (
+        "pretrain.bench_training",
+        "add_checkpoint_arguments",
+        "checkpoint",
+        "saving, loading and verifying a recipe's checkpoint: seconds and GB/s",
+    ),
     "prefill": (
         "pretrain.bench_inference",
         "add_prefill_arguments",

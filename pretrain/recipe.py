@@ -352,10 +352,11 @@ def check(recipe: Recipe) -> tuple[list[str], list[str]]:
         if value not in choices:
             errors.append(f"{label}: {value!r} is none of {', '.join(choices)}")
 
-    one_of("precision", recipe.precision, ("bf16", "fp32"))
+    if recipe.precision == "fp8":
+        errors.append("precision: fp8 needs layers of Transformer Engine, which are not built in; use bf16")
+    else:
+        one_of("precision", recipe.precision, ("bf16", "fp32"))
     one_of("device", recipe.device, ("auto", "cpu", "cuda"))
-    if recipe.compute.fp8 and recipe.precision != "bf16":
-        errors.append(f"compute.fp8: needs precision bf16, is {recipe.precision}")
     one_of("recompute", recipe.recompute, ("none", "selective", "full"))
     if recipe.max_steps is not None and recipe.max_steps < 0:
         errors.append(f"max_steps: must not be negative, is {recipe.max_steps}")

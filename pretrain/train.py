@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from parallel.mesh import launched_rank, launched_world_size, resolve_device
-from parallel.optional import check_compute, describe, describe_use, use_fused_optimizer
+from parallel.optional import check_compute, describe, describe_use
 from pretrain.errors import RecipeError
 from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_batch, load_recipe
 from pretrain.run_dir import RunDir, check_resume
 from pretrain.signals import StopRequest
 from pretrain.stages import Position, StageController
-from pretrain.topology import check_stage, reach_of
+from pretrain.topology import check_stage
 
 MAX_SKIPPED_UPDATES = 10
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped cleanly, wants to be started again
@@ -249,25 +249,9 @@ class Training:
 
     def _build(self, deterministic: bool) -> None:
         """Model, Megatron's gradient reduction, optimizer."""
-        from parallel.optimizer import build_optimizer, wrap_model
-        from pretrain.model import build_chunks
+        from pretrain.assembly import assemble
 
-        recipe = self.recipe
-        self.models = build_chunks(
-            recipe.model,
-            max_length=max(stage.context for stage in recipe.stages),
-            seed=recipe.seed,
-            parallel=recipe.parallel,
-            bf16=recipe.precision == "bf16",
-            recompute=recipe.recompute,
-            deterministic=deterministic,
-            compute=recipe.compute,
-            reach=reach_of(recipe),
-            device=self.device,
-        )
-        self.chunks = wrap_model(self.models, recipe.optimizer)
-        fused = use_fused_optimizer(recipe.compute.fused_optimizer, on_gpu=self.device.type == "cuda")
-        self.optimizer = build_optimizer(recipe.optimizer, self.chunks, fused=fused)
+        self.models, self.chunks, self.optimizer = assemble(self.recipe, self.device, deterministic=deterministic)
 
     def _restore(self, checkpoint: Path) -> None:
         from parallel.checkpoint import load_checkpoint

@@ -1,0 +1,33 @@
+"""Model, gradient reduction and optimizer of a recipe on this rank, for training and for benchmarks."""
+
+from __future__ import annotations
+
+import torch
+
+from parallel.compat import DistributedDataParallel
+from parallel.optimizer import Optimizer, build_optimizer, wrap_model
+from parallel.optional import use_fused_optimizer
+from pretrain.model import HSAModel, build_chunks
+from pretrain.recipe import Recipe
+from pretrain.topology import reach_of
+
+
+def assemble(
+    recipe: Recipe, device: torch.device, *, deterministic: bool
+) -> tuple[list[HSAModel], list[DistributedDataParallel], Optimizer]:
+    """This rank's model chunks, bare and in Megatron's DDP, and their optimizer; process groups are up."""
+    models = build_chunks(
+        recipe.model,
+        max_length=max(stage.context for stage in recipe.stages),
+        seed=recipe.seed,
+        parallel=recipe.parallel,
+        bf16=recipe.precision == "bf16",
+        recompute=recipe.recompute,
+        deterministic=deterministic,
+        compute=recipe.compute,
+        reach=reach_of(recipe),
+        device=device,
+    )
+    chunks = wrap_model(models, recipe.optimizer)
+    fused = use_fused_optimizer(recipe.compute.fused_optimizer, on_gpu=device.type == "cuda")
+    return models, chunks, build_optimizer(recipe.optimizer, chunks, fused=fused)
