@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -90,6 +91,8 @@ class PrefetchingStream:
         if process is not None:
             process.kill()
         self._thread.join()
+        with contextlib.suppress(queue.Full):  # a thread that waits in next_batch, if there is one, must not wait on
+            self._queue.put_nowait(RuntimeError("the data reader was closed"))
         self._stream.close()
 
     def __enter__(self) -> PrefetchingStream:
@@ -137,7 +140,7 @@ class PrefetchingStream:
                     if batch is None:
                         break
                     deaths, state = 0, header["state"]
-                    if not _put(out, (batch, state), stop):
+                    if not put_unless_stopped(out, (batch, state), stop):
                         break
                 process.kill()
                 process.stdout.close()
@@ -148,7 +151,7 @@ class PrefetchingStream:
                         f"the data reader process died {deaths} times in a row (last exit status {status})"
                     )
         except BaseException as error:
-            _put(out, error, stop)
+            put_unless_stopped(out, error, stop)
 
     def _read(self, process: subprocess.Popen, header: dict[str, Any]) -> PackedBatch | None:
         tensors = {}
@@ -161,7 +164,8 @@ class PrefetchingStream:
         return PackedBatch(**tensors)
 
 
-def _put(out: queue.Queue, item: Any, stop: threading.Event) -> bool:
+def put_unless_stopped(out: queue.Queue, item: Any, stop: threading.Event) -> bool:
+    """Put `item` once there is room; False if `stop` was set first."""
     while not stop.is_set():
         try:
             out.put(item, timeout=0.2)

@@ -1,11 +1,14 @@
 """Several reader processes for one rank: each prefetches the batches of some of its lanes.
 
 Lanes do not know of each other, so the batches are the same for any number of readers. Worth it where samples are
-expensive to make (synthetic ones, a fast model); text alone needs one.
+expensive to make (synthetic ones, a fast model); text alone needs one. The parts of the next batch are joined by a
+thread while the training step runs.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.lanes import BatchStream
-from data_pipeline.prefetch import PrefetchingStream
+from data_pipeline.prefetch import PrefetchingStream, put_unless_stopped
 
 
 class SharedReaders:
@@ -32,6 +35,12 @@ class SharedReaders:
         self._parts = [ids[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
         self._depth = depth
         self._streams: list[PrefetchingStream] = []
+        self._joined: queue.Queue = queue.Queue(1)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._join_ahead, name="data-joiner", daemon=True)
+        self._state: dict[str, dict[str, Any]] = {}
+        self._skipped: dict[str, int] = {}
+        self._failure: BaseException | None = None
 
     def start(self, state: dict[Any, dict[str, Any]] | None) -> SharedReaders:
         """Begin to read, from ``state`` on if there is one."""
@@ -40,6 +49,8 @@ class SharedReaders:
             if state is not None:
                 stream.load_state_dict(state)
             self._streams.append(PrefetchingStream(stream, depth=self._depth))
+        self._state, self._skipped = self._position()
+        self._thread.start()
         return self
 
     @property
@@ -48,31 +59,53 @@ class SharedReaders:
         return self._streams[0].domain_names
 
     def next_batch(self) -> PackedBatch:
-        """The next batch of all lanes, in ascending order."""
-        batches = [stream.next_batch() for stream in self._streams]
-        if len(batches) == 1:
-            return batches[0]
-        return PackedBatch(**{name: _join([getattr(batch, name) for batch in batches]) for name in vars(batches[0])})
+        """The next batch of all lanes, in ascending order; usually at once."""
+        if self._failure is not None:
+            raise self._failure
+        item = self._joined.get()
+        if isinstance(item, BaseException):
+            self._failure = item
+            raise item
+        batch, self._state, self._skipped = item
+        return batch
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Position of all lanes after the last batch that was handed out."""
-        state: dict[str, dict[str, Any]] = {}
-        for stream in self._streams:
-            state.update(stream.state_dict())
-        return state
+        return self._state
 
     def skipped(self) -> dict[str, int]:
-        """Documents that could not be read and were skipped, by shard file."""
+        """Documents that could not be read and were skipped, by shard file, in the batches handed out."""
+        return self._skipped
+
+    def _position(self) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+        state: dict[str, dict[str, Any]] = {}
         counts: dict[str, int] = {}
         for stream in self._streams:
+            state.update(stream.state_dict())
             for file, documents in stream.skipped().items():
                 counts[file] = counts.get(file, 0) + documents
-        return counts
+        return state, counts
+
+    def _join_ahead(self) -> None:
+        try:
+            while not self._stop.is_set():
+                batches = [stream.next_batch() for stream in self._streams]
+                if len(batches) == 1:
+                    batch = batches[0]
+                else:
+                    parts = {name: [getattr(batch, name) for batch in batches] for name in vars(batches[0])}
+                    batch = PackedBatch(**{name: _join(tensors) for name, tensors in parts.items()})
+                put_unless_stopped(self._joined, (batch, *self._position()), self._stop)
+        except BaseException as error:
+            put_unless_stopped(self._joined, error, self._stop)
 
     def close(self) -> None:
         """End the reader processes."""
+        self._stop.set()
         for stream in self._streams:
             stream.close()
+        if self._thread.is_alive():
+            self._thread.join()
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
