@@ -25,6 +25,7 @@ from torch import nn
 
 from parallel import compat
 from parallel.muon import Muon
+from parallel.offload import HostState
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -36,7 +37,8 @@ class OptimizerSettings:
     lr: of AdamW, and under muon of everything that is not a matrix of the decoder; muon_lr: of those matrices.
     weight_decay: decoupled, not applied to vectors (norms, biases). clip: largest global gradient norm, 0 for none.
     warmup_steps: of the learning rate, linear, from the run's first step; stages shape it after that.
-    distributed: share AdamW's state among the data-parallel ranks (Muon's is replicated).
+    distributed: share AdamW's state among the data-parallel ranks (Muon's is replicated). offload: keep master copies
+    and moments in host memory between updates.
     """
 
     name: str = "adamw"
@@ -50,6 +52,7 @@ class OptimizerSettings:
     muon_momentum: float = 0.95
     muon_ns_steps: int = 5
     distributed: bool = True
+    offload: bool = False
 
     def problems(self) -> list[str]:
         """Everything that makes these settings impossible, each as ``optimizer.field: what is wrong``."""
@@ -118,6 +121,18 @@ def wrap_model(
 class Optimizer(compat.ChainedOptimizer):
     """Megatron's chain of optimizers with one gradient norm, which leaves the weights alone when that is not finite."""
 
+    host: HostState | None = None  # where the state is kept between updates, if not on the device
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients. A forward pass comes next, so state that is kept on the host leaves the device."""
+        super().zero_grad(set_to_none)
+        if self.host is not None:
+            self.host.leave()
+
+    def _bring_state(self) -> None:
+        if self.host is not None:
+            self.host.come()
+
     @torch.no_grad()
     def step(self) -> tuple[bool, float, None]:
         """Clip by the global norm and update. Returns (updated, gradient norm before clipping, None)."""
@@ -130,10 +145,12 @@ class Optimizer(compat.ChainedOptimizer):
             parameters = [] if optimizer.is_stub_optimizer else optimizer.get_parameters()
             if parameters and self.config.clip_grad > 0:
                 compat.clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
+        self._bring_state()
         return self.step_with_ready_grads(), norm, None
 
     def init_state(self) -> None:
         """Allocate all optimizer state as it is before the first step (zeros); allocated state is left alone."""
+        self._bring_state()
         for optimizer in self._active():
             init_torch_state(optimizer.optimizer)
 
@@ -161,6 +178,7 @@ class Optimizer(compat.ChainedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what sharded_state_dict gave and the checkpoint filled."""
+        self._bring_state()
         step = state_dict["step"]
         for index, optimizer in enumerate(self._active()):
             part = state_dict[f"part{index}"]
@@ -298,6 +316,8 @@ def build_optimizer(
     else:
         chained = _replicated(settings, config, chunks)
     optimizer = Optimizer(chained)
+    if settings.offload:
+        optimizer.host = HostState(optimizer._active())
     _set_hyperparameters(optimizer, settings)
     return optimizer
 

@@ -267,6 +267,9 @@ def memory_per_gpu(recipe: Recipe, stage: StageConfig, gpus: int) -> dict[str, f
             exchanged += 2 * (payload + (whole if max(layers) >= first_hsa else 0.0))
         parts["buffers"] = exchanged
         parts["logits"] = logit_bytes(recipe, shape) + 3 * payload if last else 0.0
+        if recipe.optimizer.offload:  # on the device during the update only, when there are no activations
+            passing = sum(parts[name] for name in ("activations", "working", "memory K/V, landmarks", "logits"))
+            parts["optimizer"] = max(0.0, parts["optimizer"] - passing)
         if sum(parts.values()) > sum(worst.values()):
             worst = parts
     return worst
