@@ -167,3 +167,22 @@ def test_the_harness_scores_a_checkpoint(model, tmp_path, monkeypatch, capsys):
     assert "tiny_choice" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="knows no task no_such_task"):
         run("no_such_task")
+
+
+def test_the_harness_reads_files_in_place_of_the_network(tmp_path):
+    pytest.importorskip("lm_eval")
+    import datasets
+    import requests
+
+    from pretrain.evaluation.lm_eval_adapter import offline_sources
+
+    essays, squad = tmp_path / "essays.txt", tmp_path / "squad.json"
+    essays.write_text(TEXT)
+    squad.write_text('{"data": []}')
+    before = datasets.load_dataset, requests.get
+    with offline_sources(essays, squad, None):
+        assert datasets.load_dataset("baber/paul_graham_essays", split="train")["text"] == [TEXT]
+        response = requests.get("https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json", timeout=1)
+        response.raise_for_status()
+        assert response.json() == {"data": []}
+    assert (datasets.load_dataset, requests.get) == before
