@@ -89,23 +89,21 @@ class SlidingWindowSelfAttention(SelfAttention):
     ) -> Tensor:
         """Context output (L, B, heads * D) of this rank's slice, with the halo fetched meanwhile."""
         group = self.pg_collection.cp
-        length, reach = k.shape[0], window - 1
+        length = k.shape[0]
         start = group.rank() * length
-        fetch = start_halo(k, v, reach, group)
+        fetch = start_halo(k, v, window - 1, group)
 
         def own(first: int, stop: int) -> Tensor | None:
             return None if documents is None else documents[:, start + first : start + stop].contiguous()
 
-        parts = []
-        if reach < length:
+        near = min(window, length)  # a round number: the kernel's blocks of the far part stay aligned
+        far = []
+        if near < length:
             # The same angles for keys and queries of both parts: only differences of positions matter.
-            parts.append(self._attend(q[reach:], k, v, angles[:length], window, own(0, length)))
+            far = [self._attend(q[near:], k, v, angles[:length], window, own(0, length))]
         halo_k, halo_v = fetch()
-        near = min(reach, length)
-        if near:
-            keys = torch.cat((halo_k, k[:near])), torch.cat((halo_v, v[:near]))
-            parts.insert(0, self._attend(q[:near], *keys, angles, window, own(-halo_k.shape[0], near)))
-        return torch.cat(parts)
+        keys = torch.cat((halo_k, k[:near])), torch.cat((halo_v, v[:near]))
+        return torch.cat((self._attend(q[:near], *keys, angles, window, own(-halo_k.shape[0], near)), *far))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, angles: Tensor, window: int, documents: Tensor | None) -> Tensor:
         """q (l, B, Hq, D) against k, v (n, B, Hkv, D) whose last l are the queries' own tokens -> (l, B, Hq * D).
