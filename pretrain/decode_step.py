@@ -27,8 +27,8 @@ _ROTATED, _VALUE, _RAW = range(3)
 class DecodeStep:
     """The buffers of B sequences and the step over them.
 
-    static_experts: keep each mixture's experts as one tensor and compute the chosen ones without asking the device how
-    many tokens each got. It re-points the parameters' storage (same values), so only for weights that nobody trains.
+    static_experts: compute the chosen experts of a mixture without asking the device how many tokens each got. It holds
+    on to the weights as they are now, so only for weights that nobody trains.
     """
 
     def __init__(
