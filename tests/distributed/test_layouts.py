@@ -72,7 +72,7 @@ LAYOUTS = {
     4: {
         "tensor, 2 key-value heads": {"parallel": {"tensor": 4}, "micro_batch": 4},
         "context, windows over several slices": {"parallel": {"context": 4}, "window": 40, "hsa_window": 24},
-        "context, selection shared out": {"parallel": {"context": 4, "balance_selection": True}},
+        "context, selection shared out": {"parallel": {"context": 4, "balance_selection": True}, **FEW},
         "context, selection shared out, attention recomputed": {
             "parallel": {"context": 4, "balance_selection": True}, "window": 40, "hsa_window": 24,
             "recompute": "selective", **FEW,
