@@ -1,8 +1,9 @@
-"""Sliding-window attention on CUDA by well-kept kernels, chosen by measurement (docs/kernels.md, "Window").
+"""Sliding-window attention on CUDA, chosen by measurement (docs/kernels.md, "Window").
 
-Short windows in half precision without documents: torch's FlashAttention. All others: FlexAttention over a band of
-blocks, whose lists are arithmetic. A window that covers everything: torch's fused causal attention. Nothing of size
-L x L is ever made.
+Short windows in half precision without documents: torch's FlashAttention. Otherwise our kernels (`triton.band`), which
+serve every length with one compilation. Head sizes that they do not take: FlexAttention over a band of blocks, whose
+lists are arithmetic, or torch's fused causal attention for a window that covers everything. Nothing of size L x L is
+ever made.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """None when this module takes the case, else the reason why not."""
     if q.device.type != "cuda":
         return f"tensors on {q.device.type}"
+    if _band_takes(q, k, v):
+        return None
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k.dtype == v.dtype:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype} of q, k, v (bfloat16, float16 or float32, all the same)"
     if q.shape[-1] not in (16, 32, 64, 128, 256):
@@ -37,12 +40,27 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
+def _band_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether our kernels run this. Triton is imported for CUDA tensors only."""
+    if not q.is_cuda:
+        return False
+    from hsa_kernels.triton import band
+
+    return band.supports(q, k, v) is None
+
+
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None, key_offset: int, scale: float | None
 ) -> Tensor:
     """Shapes and rule in `reference.sliding_window_attention`."""
-    if documents is None and q.dtype != torch.float32 and window <= min(_FLASH_WINDOW, key_offset + q.shape[1] - 1):
+    length = q.shape[1]
+    half = documents is None and q.dtype != torch.float32 and length >= _SHORTEST
+    if half and window <= min(_FLASH_WINDOW, key_offset + length - 1):
         return flash_window(q, k, v, window, key_offset, scale)
+    if _band_takes(q, k, v):
+        from hsa_kernels.triton import band
+
+        return band.window_attention(q, k, v, window, documents, key_offset, scale)
     return flex_window(q, k, v, window, documents, key_offset, scale)
 
 

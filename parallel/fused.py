@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_SMALL = 1 << 18  # elements; below, a launch costs more than the memory traffic, and a compiled call more than a launch
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, in fp32 at least, in the dtype of x."""
-    if not x.is_cuda:
+    if not x.is_cuda or x.numel() < _SMALL:
         return _rms_norm(x, weight, eps)
     rows = x.reshape(-1, x.shape[-1])
     return _call(_rms_norm, rows, weight, eps).view(x.shape)
@@ -25,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotary positions: x (L, B, H, D), angles (L, 1, 1, D) whose halves are equal; in the dtype of x."""
-    if not x.is_cuda:
+    if not x.is_cuda or x.numel() < _SMALL:
         return _rotate(x, angles)
     return _call(_rotate, x, angles)
 

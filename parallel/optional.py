@@ -29,6 +29,8 @@ class ComputeConfig:
     loss: full (all logits at once) | chunked (logits of loss_chunk tokens at a time, computed again in backward) |
     deepspeed (DeepSpeed's vocabulary-parallel linear cross entropy, the same idea in one operator).
     tiled_mlp: parts of the sequence in which dense MLPs run, by DeepSpeed's TiledMLP; 1 is not tiled.
+    cuda_graph: forward and backward pass of a step are one CUDA graph, recorded anew in every stage: for small models,
+    which wait for the host otherwise. On one GPU, without experts; elsewhere it changes nothing.
     """
 
     grouped_experts: str = "auto"
@@ -37,6 +39,7 @@ class ComputeConfig:
     loss: str = "full"
     loss_chunk: int = 1024
     tiled_mlp: int = 1
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         for name in ("grouped_experts", "gradient_accumulation_fusion", "fused_optimizer"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from parallel.compat import DistributedDataParallel
 from parallel.optimizer import Optimizer, build_optimizer, wrap_model
 from parallel.optional import use_fused_optimizer
+from pretrain.graphed import side_stream, uses_graph
 from pretrain.model import HSAModel, build_chunks
 from pretrain.recipe import Recipe
 from pretrain.topology import reach_of
@@ -28,6 +31,8 @@ def assemble(
         reach=reach_of(recipe),
         device=device,
     )
-    chunks = wrap_model(models, recipe.optimizer)
+    # Gradient accumulators run on the stream on which they are made.
+    with torch.cuda.stream(side_stream(device)) if uses_graph(recipe, device) else contextlib.nullcontext():
+        chunks = wrap_model(models, recipe.optimizer)
     fused = use_fused_optimizer(recipe.compute.fused_optimizer, on_gpu=device.type == "cuda")
     return models, chunks, build_optimizer(recipe.optimizer, chunks, fused=fused)

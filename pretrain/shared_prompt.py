@@ -195,7 +195,7 @@ class SharedPrompt:
         add(shared, hidden[shared * self.chunk - start : whole * self.chunk - start])
         pending = hidden[whole * self.chunk - start :]
         upper_start = max(0, length - self.upper_length)
-        output = self._through(engine.upper, hidden[upper_start - start :], halos, memory, upper_start)
+        output = self._through(engine.upper, hidden[upper_start - start :], halos, memory, upper_start, last_only=True)
         answers = []
         for step in range(max_new_tokens):
             tokens = engine._next_logits(output)[:, :vocab_size].argmax(-1)
@@ -221,15 +221,24 @@ class SharedPrompt:
         halos: dict[int, KeysAndValues],
         memory: SharedMemory | None,
         query_offset: int,
+        *,
+        last_only: bool = False,
     ) -> Tensor:
+        """Layers over tokens query_offset .. of every prompt. last_only: only the last output is wanted, so each
+        layer gets no more tokens than those above it can see."""
         if hidden.shape[0] + self.widest > self._angles.shape[0]:
             self._angles = self.model.rotary_pos_emb(hidden.shape[0] + self.widest)
+        reach = sum(layer_window(layer, self.engine.settings) - 1 for layer in layers if layer.has_window)
         for layer in layers:
+            if last_only and hidden.shape[0] > reach + 1:
+                query_offset += hidden.shape[0] - reach - 1
+                hidden = hidden[-reach - 1 :]
             hidden, keys_values = layer.mix(
                 hidden, self._angles, memory=memory, halo=halos.get(layer.layer_number), query_offset=query_offset
             )
             if keys_values is not None:
                 keep = layer.window - 1
+                reach -= keep
                 # Copied: a view would keep the keys and values of the whole pass alive.
                 halos[layer.layer_number] = tuple(x[x.shape[0] - min(keep, x.shape[0]) :].clone() for x in keys_values)  # type: ignore[assignment]
         return hidden

@@ -250,7 +250,9 @@ class Training:
     def _build(self, deterministic: bool) -> None:
         """Model, Megatron's gradient reduction, optimizer."""
         from pretrain.assembly import assemble
+        from pretrain.graphed import uses_graph
 
+        self.cuda_graph = uses_graph(self.recipe, self.device)
         self.models, self.chunks, self.optimizer = assemble(self.recipe, self.device, deterministic=deterministic)
 
     def _restore(self, checkpoint: Path) -> None:
@@ -408,7 +410,7 @@ class Training:
     def _make_step(self, domains: list[str]) -> Any:
         from pretrain.train_step import TrainStep
 
-        return TrainStep(self.chunks, self.optimizer, domains, self.device)
+        return TrainStep(self.chunks, self.optimizer, domains, self.device, cuda_graph=self.cuda_graph)
 
     def _set_learning_rate(self) -> float:
         """Set every parameter group's rate for the step to come; returns the recipe's `lr` at this step."""

@@ -22,6 +22,7 @@ from parallel.compat import DistributedDataParallel, finalize_model_grads, get_f
 from parallel.context import local_slice
 from parallel.router import LoadStatistics
 from parallel.tensor import sum_partial_gradients
+from pretrain.graphed import GraphedPass
 from pretrain.model import HSAModel
 from pretrain.step_sums import StepSums, document_positions
 
@@ -55,7 +56,13 @@ class TrainStep:
     """
 
     def __init__(
-        self, chunks: Sequence[DistributedDataParallel], optimizer: Any, domains: list[str], device: torch.device
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: Any,
+        domains: list[str],
+        device: torch.device,
+        *,
+        cuda_graph: bool = False,
     ) -> None:
         self.chunks = list(chunks)
         self.optimizer = optimizer
@@ -66,6 +73,7 @@ class TrainStep:
         self.config.finalize_model_grads_func = self._finalize
         self.loads = LoadStatistics(self.chunks, self.config) if self.config.num_moe_experts else None
         self._sums: StepSums  # of the step that is going on
+        self._graphed = GraphedPass(self._pass, device) if cuda_graph else None
         self._loads = torch.zeros(0, dtype=torch.float64, device=device)
 
     def __call__(self, batch: PackedBatch, micro_batch: int, *, wants_stop: bool, skipped: int = 0) -> StepResult:
@@ -74,22 +82,22 @@ class TrainStep:
         All ranks that hold a part of one model copy or of one sequence are given the same batch. skipped: documents
         that this rank's lanes have had to skip since the run began.
         """
-        self._sums = StepSums(self.domains, batch.tokens.shape[1], self.device)
         copies = mesh.world_size() // mesh.data_size()  # ranks that were given the same batch
-        self._sums.say(wants_stop=wants_stop, skipped=skipped / copies)
-        count = batch.tokens.shape[0] // micro_batch
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+
+        def prepare() -> None:
+            self._sums.values.zero_()
+            self._sums.say(wants_stop=wants_stop, skipped=skipped / copies)
+
         self.optimizer.zero_grad()
-        get_forward_backward_func()(
-            forward_step_func=self._forward,
-            data_iterator=[self._micro_batches(batch, micro_batch) for _ in self.chunks],
-            model=self.chunks,
-            num_microbatches=count,
-            seq_length=batch.tokens.shape[1],
-            micro_batch_size=micro_batch,
-            forward_only=False,
-        )
+        micro_batches = self._micro_batches(batch, micro_batch)
+        if self._graphed is None:
+            self._sums = StepSums(self.domains, batch.tokens.shape[1], self.device)
+            prepare()
+            self._pass(micro_batches)
+        else:  # a graph adds to the tensors that it was recorded with
+            if not hasattr(self, "_sums"):
+                self._sums = StepSums(self.domains, batch.tokens.shape[1], self.device)
+            self._graphed(micro_batches, prepare)
         updated, grad_norm, _zeros = self.optimizer.step()
         # Everything the step says comes to the host in one copy.
         read = torch.cat((self._sums.values, self._loads)).tolist()
@@ -98,14 +106,35 @@ class TrainStep:
         experts = {} if self.loads is None else self.loads.metrics([loads[i : i + 4] for i in range(0, len(loads), 4)])
         return StepResult(loss, float(grad_norm), by_domain, by_position, stop, all_skipped, updated, experts)
 
-    def _micro_batches(self, batch: PackedBatch, size: int) -> Iterator[dict[str, Tensor]]:
+    def _micro_batches(self, batch: PackedBatch, size: int) -> list[dict[str, Tensor]]:
+        """This rank's parts, still where the batch is."""
+        parts = []
         for start in range(0, batch.tokens.shape[0], size):
             micro = {name: getattr(batch, name)[start : start + size] for name in _FIELDS}
             # Documents stay whole: windows and chunk selection look past the left edge of this rank's slice.
-            yield {
-                name: (x if name == "documents" else local_slice(x, self.context)).to(self.device, non_blocking=True)
-                for name, x in micro.items()
-            }
+            parts.append(
+                {name: x if name == "documents" else local_slice(x, self.context) for name, x in micro.items()}
+            )
+        return parts
+
+    def _pass(self, micro_batches: list[dict[str, Tensor]]) -> None:
+        """Gradients of the step, in the gradient buffers, and its sums."""
+        batch, length = micro_batches[0]["documents"].shape
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=[self._on_device(micro_batches) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=batch,
+            forward_only=False,
+        )
+
+    def _on_device(self, micro_batches: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        for micro in micro_batches:
+            yield {name: x.to(self.device, non_blocking=True) for name, x in micro.items()}
 
     def _forward(self, micro_batches: Iterator[dict[str, Tensor]], model: HSAModel) -> tuple[Tensor, Any]:
         micro = next(micro_batches)
