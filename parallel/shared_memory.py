@@ -129,7 +129,9 @@ class SharedMemory:
         step = max(1, _SCORE_BYTES // (4 * batch * heads * self.shared))
         parts = []
         for part in retrieval.split(step, dim=1):
-            scores = torch.matmul(part.permute(0, 2, 1, 3), landmarks).transpose(1, 2) / math.sqrt(dim)
-            scores = scores.masked_fill(self.replaced[:, None, None], -math.inf)
+            # One product per head: a batch of products would copy the landmarks for every prompt.
+            rows = part.permute(2, 0, 1, 3).flatten(1, 2)
+            scores = torch.matmul(rows, landmarks).unflatten(1, part.shape[:2]).permute(1, 2, 0, 3)
+            scores = (scores / math.sqrt(dim)).masked_fill_(self.replaced[:, None, None], -math.inf)
             parts.append(scores.topk(wanted, dim=-1))
         return torch.cat([p.indices for p in parts], 1), torch.cat([p.values for p in parts], 1)

@@ -25,6 +25,7 @@ TASKS = ("niah_single", "niah_multikey", "niah_multiquery", "variable_tracking",
 
 _ROOM = 64  # tokens kept free for the answer
 _SNAP = 48  # a needle moves by at most so many tokens to follow the end of a sentence
+_QUESTION = 128  # tokens in front of the end that hold no needles of a haystack made of them
 
 
 @dataclass(frozen=True)
@@ -203,18 +204,20 @@ def _needles(
     """Read a text made of needles (a little of ``text`` before them) and ask for one of them per sample."""
     rng = np.random.default_rng(entropy)
     options = {name: ask.options[name] for name in ("digits", "values") if name in ask.options}
-    facts = needle_haystack(rng, tokenizer, end - 64, templates=templates, **options)  # type: ignore[arg-type]
+    facts = needle_haystack(rng, tokenizer, end - _QUESTION, templates=templates, **options)  # type: ignore[arg-type]
     pieces = [tokenizer.encode_words(needle) for needle in facts.needles]
     filled = text.copy()
     needles = np.concatenate(pieces)
-    first = end - 64 - len(needles)
-    filled[first : end - 64] = needles
+    first = end - _QUESTION - len(needles)
+    filled[first : end - _QUESTION] = needles
     prompt.read(filled)
     samples = []
     for cell, depth in enumerate(ask.depths):
-        for _ in range(count):
-            share = float(rng.random()) if depth is None else depth
-            asked = min(len(pieces) - 1, int(share * len(pieces)))
+        if depth is None:  # every needle once, while there are enough
+            places = rng.choice(len(pieces), count, replace=count > len(pieces)).tolist()
+        else:
+            places = [min(len(pieces) - 1, int(depth * len(pieces)))] * count
+        for asked in places:
             question = tokenizer.encode_words(facts.question(asked))
             answer = " " + facts.values[asked]
             samples.append(

@@ -42,3 +42,13 @@ def test_deterministic_gpu_run_resumes_bit_for_bit(tiny_recipe, tmp_path):
     whole = train(tiny_recipe, tmp_path / "whole", "deterministic=true")
     train(tiny_recipe, tmp_path / "parts", "deterministic=true", "max_steps=5")
     assert train(tiny_recipe, tmp_path / "parts", "deterministic=true") == whole
+
+
+def test_a_graph_trains_like_single_launches(tiny_recipe, tmp_path):
+    dense = ("model.num_experts=0", "model.experts_per_token=0")
+    plain = train(tiny_recipe, tmp_path / "plain", *dense)
+    graph = train(tiny_recipe, tmp_path / "graph", *dense, "compute.cuda_graph=true")
+    assert len(plain) == len(graph) == 12
+    for (_, _, loss, norm), (_, _, expected, expected_norm) in zip(graph, plain, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+        assert norm == pytest.approx(expected_norm, rel=1e-2)

@@ -39,7 +39,7 @@ def draw_edits(rng, length, count):
     return edits
 
 
-@pytest.mark.parametrize("length", [5, 61, 120, 303, 400])
+@pytest.mark.parametrize("length", [5, 61, 303, 400])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -48,7 +48,7 @@ def draw_edits(rng, length, count):
         dict(window=4, hsa_window=4, top_k=1),
     ],
 )
-@pytest.mark.parametrize("changes", [{}, dict(hsa_kv_heads=2, retrieval_heads=1), dict(swa_in_hsa=False)])
+@pytest.mark.parametrize("changes", [{}, dict(retrieval_heads=1, swa_in_hsa=False)])
 def test_equal_to_reading_every_copy(length, settings, changes):
     model = build_model(ModelConfig(**{**SMALL, **changes}), max_length=64, seed=3, device="cpu").eval()
     engine = InferenceEngine(model, segment=64, **settings)
