@@ -156,9 +156,9 @@ class _Variant:
             while (micro := timed("data", lambda: next(iterator, None))()) is not None:
                 yield micro
 
-        step, original = self.step, self.step._micro_batches
+        step, original = self.step, self.step._on_device
         forward, update = step._forward, self.optimizer.step
-        replaced = {"_micro_batches": micro_batches, "_forward": timed("forward", forward)}
+        replaced = {"_on_device": micro_batches, "_forward": timed("forward", forward)}
         for name, function in replaced.items():
             setattr(step, name, function)
         self.optimizer.step = timed("optimizer", update)  # type: ignore[method-assign]
