@@ -39,7 +39,7 @@ def draw_edits(rng, length, count):
     return edits
 
 
-@pytest.mark.parametrize("length", [5, 61, 303, 400])
+@pytest.mark.parametrize("length", [5, 303])
 @pytest.mark.parametrize(
     "settings",
     [
