@@ -242,8 +242,8 @@ def sliding_window_attention(
 ) -> Tensor:
     """Causal attention to the last `window` tokens; rules in `reference.sliding_window_attention`.
 
-    On CUDA these are torch's FlashAttention, our kernels or FlexAttention, see `hsa_kernels.window` (backend "triton"
-    asks for them, "auto" takes them).
+    On CUDA this is torch's FlashAttention or FlexAttention, see `hsa_kernels.window` (backend "triton" asks for them,
+    "auto" takes them).
     """
 
     def reason() -> str | None:
