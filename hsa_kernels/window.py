@@ -110,9 +110,11 @@ def flex_window(
 
 
 def _rounded(length: int) -> int:
-    """The length rounded up to two binary digits after the first: at most four lengths from 2^n to 2^(n + 1)."""
-    step = max(1, 1 << (length.bit_length() - 3))
-    return -(-length // step) * step
+    """The length rounded up to two binary digits after the first: at most four lengths from 2^n to 2^(n + 1), 128 the
+    least.
+    """
+    step = 1 << max(0, length.bit_length() - 3)
+    return max(_SHORTEST, -(-length // step) * step)
 
 
 @functools.cache
