@@ -22,10 +22,10 @@ $(DATA)/text/manifest.json: | env
 $(DATA)/shards/manifest.json: $(DATA)/text/manifest.json
 	$(BIN)/hsa data tokenize $(DATA)/text --out $(DATA)/shards --tokenizer bpe:1024 --bpe-mb 8 --shard-mb 8
 
-# Quick tests first; then those that start processes, two files at a time; then those on a real cluster, alone because
-# they live by the clock.
+# Quick tests first; then those that start processes; two files at a time, but those on a real cluster alone because they
+# live by the clock.
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not distributed and not slurm"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not distributed and not slurm"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(slow or distributed) and not slurm"
 	$(BIN)/python -m pytest -m slurm
 
