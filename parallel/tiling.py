@@ -15,7 +15,12 @@ class TiledMLP(MLP):
     activations of one part exist at a time.
     """
 
-    def __init__(self, *args: Any, tiles: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, tiles: int, pg_collection: Any = None, is_mtp_layer: bool = False, **kwargs: Any
+    ) -> None:
+        # A newer Megatron gives these two to every kind of MLP but its own, an older one gives no groups at all.
+        if pg_collection is not None:
+            kwargs["tp_group"] = pg_collection.tp
         super().__init__(*args, **kwargs)
         self.tiles = tiles
 
