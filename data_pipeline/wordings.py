@@ -295,9 +295,42 @@ def _numbered(rng: np.random.Generator) -> str:
     return f"{_noun(rng)} {int(rng.integers(1, 1000))}"
 
 
+def _letters(rng: np.random.Generator) -> str:
+    return (
+        "".join(_ALPHANUMERIC[i] for i in rng.integers(0, len(_ALPHANUMERIC), int(rng.integers(4, 17))).tolist()) + "z"
+    )
+
+
+def _compound(rng: np.random.Generator) -> str:
+    """Two to four words, names, numbers or hexadecimal groups joined by one sign; words alone not by a hyphen, because
+    evaluation asks for those."""
+    count = int(rng.integers(2, 5))
+    makers = [choice(rng, _PARTS) for _ in range(count)]
+    joint = str(choice(rng, ("-", "-", "_", ".", "/", ":", "+", "")))
+    parts = [make(rng) for make in makers]  # type: ignore[operator]
+    if all(part.isdigit() for part in parts):
+        parts[-1] = _noun(rng)
+    if joint == "-" and not any(character.isdigit() for part in parts for character in part):
+        joint = "_"
+    return joint.join(parts)
+
+
+def _quality(rng: np.random.Generator) -> str:
+    return str(choice(rng, QUALITIES))
+
+
+def _hex_group(rng: np.random.Generator) -> str:
+    return hexadecimal(rng, (int(rng.integers(1, 7)),))
+
+
 _Maker = Callable[[np.random.Generator], str]
+_ALPHANUMERIC = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+_PARTS: tuple[_Maker, ...] = (_noun, _quality, _name, _digits, _hex_group)
 _KEYS: tuple[_Maker, ...] = (_noun, _noun, _noun, _pair, _pair, _triple, _name, _name, _numbered, _code, _hex, _digits)
-_WIDE_VALUES: tuple[_Maker, ...] = (_digits, _digits, _digits, _digits, _noun, _pair, _name, _code, _hex, _hex, _hex)
+_WIDE_VALUES: tuple[_Maker, ...] = (
+    *(_digits, _digits, _digits, _digits, _noun, _pair, _name, _code),
+    *(_hex, _hex, _hex, _compound, _compound, _compound, _letters),
+)
 _VARIABLE_NAMES: tuple[_Maker, ...] = (_noun, _noun, _name, _capitals, _code)
 
 
