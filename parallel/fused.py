@@ -32,6 +32,19 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return _call(_rotate, x, angles)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Losses like labels, float32, of logits (..., vocabulary) of any dtype; computed in float32."""
+    if not logits.is_cuda:
+        return _cross_entropy(logits.flatten(0, -2), labels.flatten()).view(labels.shape)
+    rows, targets = logits.flatten(0, -2), labels.flatten()
+    torch._dynamo.maybe_mark_dynamic(targets, 0)
+    return _call(_cross_entropy, rows, targets).view(labels.shape)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     return nn.functional.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).type_as(x)

@@ -1,6 +1,5 @@
-"""Cross entropy of hidden states and an output weight, without all logits at once: ours in chunks, and DeepSpeed's.
-
-Both are exact, know a vocabulary that tensor-parallel ranks share out, and compute logits again in backward.
+"""Cross entropy of logits, and of hidden states and an output weight without all logits at once: ours in chunks, and
+DeepSpeed's, both exact, for a vocabulary that tensor-parallel ranks may share out, computing logits again in backward.
 """
 
 from __future__ import annotations
@@ -11,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel import fused
 from parallel.compat import vocab_parallel_cross_entropy
+
+
+def token_losses(logits: Tensor, labels: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Losses (L, B) float32 of this tensor-parallel rank's logits (L, B, its part of the vocabulary)."""
+    if group.size() == 1 and logits.is_cuda:  # Megatron's reads and writes all fp32 logits about ten times
+        return fused.cross_entropy(logits, labels)
+    return vocab_parallel_cross_entropy(logits.float(), labels)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -33,9 +33,12 @@ def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor
     a, b, c = _QUINTIC
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(eps)
-    for _ in range(steps):
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
+    for _ in range(steps):  # one launch per product: many small matrices are bound by the number of launches
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.view(shape)
     return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
 
 

@@ -28,7 +28,7 @@ from parallel.compat import (
 )
 from parallel.experts import expert_parts, experts_spec, is_expert_parameter
 from parallel.layers import decoder_specs
-from parallel.losses import chunked_cross_entropy, linear_cross_entropy
+from parallel.losses import chunked_cross_entropy, linear_cross_entropy, token_losses
 from parallel.mesh import ParallelConfig
 from parallel.model_config import ModelConfig
 from parallel.optional import ComputeConfig, use_fused_gradients
@@ -248,11 +248,11 @@ class HSAModel(LanguageModule):
 
     def _losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """hidden_states (L, B, hidden), after the final norm; labels (B, L) -> losses (B, L) float32."""
-        if self.compute.loss == "full":
-            return self.compute_language_model_loss(labels, self._output(hidden_states).float())
-        weight = self.shared_embedding_or_output_weight()
         labels = labels.transpose(0, 1).contiguous()
         group = self.pg_collection.tp
+        if self.compute.loss == "full":
+            return token_losses(self._output(hidden_states), labels, group).transpose(0, 1)
+        weight = self.shared_embedding_or_output_weight()
         if self.compute.loss == "chunked":
             hidden_states = whole_sequence(hidden_states, self.config, group)
             return chunked_cross_entropy(hidden_states, weight, labels, self.compute.loss_chunk).transpose(0, 1)

@@ -66,6 +66,20 @@ def test_router_gating_repair():
     assert hasattr(moe_utils, "te_general_gemm")
 
 
+def test_many_tensors_are_scaled_and_measured_together():
+    clip, optimizer = (sys.modules[f"megatron.core.optimizer.{name}"] for name in ("clip_grads", "optimizer"))
+    tensors = [torch.randn(3, 5), torch.randn(7)]
+    expected = [2.5 * tensor for tensor in tensors]
+    norm, _ = clip.l2_norm_impl(1, None, [tensors], False)
+    torch.testing.assert_close(norm, torch.cat([tensor.flatten() for tensor in tensors]).norm().reshape(1))
+    copies = [torch.zeros_like(tensor, dtype=torch.bfloat16) for tensor in tensors]
+    optimizer.multi_tensor_scale_impl(1, None, [tensors, copies], 1.0)
+    assert all(torch.equal(copy, tensor.bfloat16()) for copy, tensor in zip(copies, tensors, strict=True))
+    clip.multi_tensor_scale_impl(1, None, [tensors, tensors], 2.5)
+    assert all(torch.equal(tensor, value) for tensor, value in zip(tensors, expected, strict=True))
+    optimizer.multi_tensor_scale_impl(1, None, [[], []], 2.5)
+
+
 def test_foreign_apex_is_told_from_nvidias(tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('must not be imported')")

@@ -7,7 +7,7 @@ import torch
 
 from parallel import compat, optional
 from parallel.errors import OptionalPartError
-from parallel.losses import chunked_cross_entropy, linear_cross_entropy
+from parallel.losses import chunked_cross_entropy, linear_cross_entropy, token_losses
 from parallel.optional import ComputeConfig, check_compute, describe_use, use_fused_gradients, use_fused_optimizer
 from parallel.tiling import TiledMLP
 
@@ -82,6 +82,7 @@ def test_losses_without_all_logits_are_exact(world_of_one, dtype, rows):
 
     forms = [
         full,
+        lambda h, w: token_losses(torch.nn.functional.linear(h, w), labels, group),
         lambda h, w: chunked_cross_entropy(h, w, labels, rows),
         lambda h, w: linear_cross_entropy(h, w, labels, group),
     ]
