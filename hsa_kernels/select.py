@@ -187,5 +187,12 @@ def select_backward(
         wide.scatter_(-1, torch.where(ids < 0, seen, ids), g)
         wide = wide[..., :seen]
         dq[:, part] = torch.matmul(wide, lm[:, :, :seen]).transpose(1, 2)
-        dlm[:, :, :seen] += torch.matmul(wide.transpose(-1, -2), q[:, part].transpose(1, 2)).float()
+        dlm[:, :, :seen] += _product(wide.transpose(-1, -2), q[:, part].transpose(1, 2))
     return dq, dlm.transpose(1, 2).to(landmarks.dtype).contiguous()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b (B, heads, m, n) in float32, also of half precision: parts of a sum should not be rounded one by one."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+    return torch.matmul(a, b).float()

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from hsa_kernels import ops
-from parallel.compat import MoELayer, apply_rotary_pos_emb
+from parallel.compat import MoELayer
 from parallel.experts import stacked_weights
 from parallel.layers import DecoderLayer, KeysAndValues
 from pretrain.context_store import ContextStore
 from pretrain.model import HSAModel
 
 _ROTATED, _VALUE, _RAW = range(3)
+Turn = tuple[Tensor, Tensor]
+Places = dict[int, tuple[Tensor, Tensor]]  # by window: the slot of the new token, and how many slots are filled then
 
 
 class DecodeStep:
@@ -143,18 +145,20 @@ class DecodeStep:
         compiler.
         """
         x = self.model.embed(self.tokens[:, None])  # (1, B, hidden)
-        angles = self._angles(self.position[None])
+        turn = self._turn(self.position[None])
         visible = (self.position // self.model.model.chunk_size).int()
+        sizes = {ring.shape[3] for ring in self.rings.values()}
+        places = {n: (self.position % n, torch.clamp(self.position + 1, max=n)) for n in sizes}
         for index, layer in enumerate(self.layers):
             if index == self.lower:
                 self.pending[self._rows, self.position % self.model.model.chunk_size] = x[0]
-            x = self._layer(layer, x, angles, visible)
+            x = self._layer(layer, x, turn, places, visible)
         self.position.add_(1)
         return self.model.logits(self.model.decoder.final_layernorm(x))[0].float()
 
-    def _layer(self, layer: DecoderLayer, x: Tensor, angles: Tensor, visible: Tensor) -> Tensor:
+    def _layer(self, layer: DecoderLayer, x: Tensor, turn: Turn, places: Places, visible: Tensor) -> Tensor:
         if layer.has_window:
-            x = x + self._window(layer, layer.input_layernorm(x), angles)
+            x = x + self._window(layer, layer.input_layernorm(x), turn, places)
         mlp_input = x
         if layer.has_hsa:
             hsa = layer.hsa_attention
@@ -166,15 +170,14 @@ class DecodeStep:
             return x + self._experts(layer.mlp, mlp_input, *self.experts[layer.layer_number])
         return x + layer.mlp(mlp_input)[0]
 
-    def _window(self, layer: DecoderLayer, x: Tensor, angles: Tensor) -> Tensor:
+    def _window(self, layer: DecoderLayer, x: Tensor, turn: Turn, places: Places) -> Tensor:
         attention = layer.self_attention
         q, k, v = attention.get_query_key_value_tensors(x)  # (1, B, heads, D)
         ring = self.rings[layer.layer_number]
-        config, group = self.model.config, self.model.pg_collection.cp
-        q = apply_rotary_pos_emb(q, angles, config, cp_group=group)
-        rotated = apply_rotary_pos_emb(k, angles, config, cp_group=group)
-        ring.transpose(2, 3)[:, self._rows, self.position % ring.shape[3]] = torch.cat((rotated, v, k))
-        filled = torch.clamp(self.position + 1, max=ring.shape[3])
+        slot, filled = places[ring.shape[3]]
+        rotated = _rotated(torch.cat((q, k), 2), turn)
+        q, rotated = rotated.split((q.shape[2], k.shape[2]), 2)
+        ring.transpose(2, 3)[:, self._rows, slot] = torch.cat((rotated, v, k))
         out = ops.window_decode(q[0], ring[_ROTATED], ring[_VALUE], filled)
         return attention.linear_proj(out.flatten(1)[None])[0]
 
@@ -195,15 +198,23 @@ class DecodeStep:
             out = out + moe.shared_experts(x)[0]
         return out[None]
 
-    def _angles(self, positions: Tensor) -> Tensor:
-        """positions (n, B) or (n, 1) -> rotary angles (n, B, 1, D) as Megatron lays them out, in [0, 2 pi)."""
-        angles = torch.remainder(positions[..., None].double() * self._frequencies, 2 * math.pi)
+    def _turn(self, positions: Tensor) -> Turn:
+        """positions (n, B) or (n, 1) -> cosines and sines (n, B, 1, D) of their rotary angles."""
+        angles = torch.remainder(positions[..., None].double() * self._frequencies, 2 * math.pi)[:, :, None]
         wide = torch.promote_types(self.pending.dtype, torch.float32)
-        return torch.cat((angles, angles), dim=-1)[:, :, None].to(wide)
+        cos, sin = angles.to(wide).cos(), angles.to(wide).sin()
+        dtype = self.pending.dtype
+        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
     def _rotate(self, k: Tensor, positions: Tensor) -> Tensor:
-        group = self.model.pg_collection.cp
-        return apply_rotary_pos_emb(k, self._angles(positions), self.model.config, cp_group=group)
+        return _rotated(k, self._turn(positions))
+
+
+def _rotated(x: Tensor, turn: Turn) -> Tensor:
+    """x (n, B, heads, D) turned in three launches: all layers share the cosines, and the sines with the first half's
+    negated, of which the other half of x makes the rest."""
+    cos, sin = turn
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _swiglu(x: Tensor) -> Tensor:

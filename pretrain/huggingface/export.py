@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     """Export; RunDirError for a checkpoint that is none or an --out that holds something else."""
     from pretrain.model_io import load_for_inference
 
-    loaded = load_for_inference(args.checkpoint, device="cpu")
+    loaded = load_for_inference(args.checkpoint)
     about = {
         "name": loaded.recipe.name,
         "step": loaded.step,

@@ -185,7 +185,7 @@ def write_run(out: Path, loaded: LoadedRecipe, fill: Any, tokenizer: Path | None
     from pretrain.stages import Position, StageController
 
     recipe = loaded.recipe
-    device = mesh.initialize(None, "cpu", seed=recipe.seed)
+    device = mesh.initialize(None, seed=recipe.seed)
     try:
         built = build_model(
             recipe.model,
