@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from parallel.compat import DistributedDataParallel
+from parallel.compat import DistributedDataParallel, parallel_state
 from parallel.optimizer import Optimizer, build_optimizer, wrap_model
 from parallel.optional import use_fused_optimizer
 from pretrain.graphed import side_stream, uses_graph
@@ -33,6 +33,8 @@ def assemble(
     )
     # Gradient accumulators run on the stream on which they are made.
     with torch.cuda.stream(side_stream(device)) if uses_graph(recipe, device) else contextlib.nullcontext():
-        chunks = wrap_model(models, recipe.optimizer)
+        replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        overlap = device.type == "cuda" and replicas > 1  # on the CPU reduction and backward would share the cores
+        chunks = wrap_model(models, recipe.optimizer, overlap=overlap)
     fused = use_fused_optimizer(recipe.compute.fused_optimizer, on_gpu=device.type == "cuda")
     return models, chunks, build_optimizer(recipe.optimizer, chunks, fused=fused)

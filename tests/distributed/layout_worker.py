@@ -1,13 +1,16 @@
 """The ranks of the layout tests: a small model trained at each layout asked for, and what rank 0 gathered of it.
 
-Arguments: a JSON file with a list of jobs, and a folder. All modules are imported once; then, for every number of
-ranks, one set of processes is forked that runs all jobs of that number one after the other, with new process groups for
-each, and saves each result as FOLDER/NAME.pt as soon as it is there. What a set prints is in FOLDER/ranks-N.log.
+Arguments: a JSON file with a list of jobs, a folder, and a device, cpu (gloo) or cuda (NCCL, each rank a GPU). For each
+number of ranks one set of processes runs all jobs of that number one after the other, with new process groups where
+sizes change, and saves each result as FOLDER/NAME.pt as soon as it is there. What a set prints is in
+FOLDER/ranks-N.log. On the CPU modules are imported once, then sets are forked, one after the other; CUDA wants fresh
+processes, so there all sets start at once.
 
 A job is {"name": str, "ranks": int, "parallel": {...}, "model": {...}, "window": int, "hsa_window": int, "top_k": int
-or null, "length": int, "steps": int, "micro_batch": int, "recompute": str, "probe": position of the token to change}.
-Its result holds losses, grad_norms (one per step), gradients after the first step and weights after the last by
-global parameter name, parameters whose copies differ, what a step adds to `traffic` by rank, and positions that move.
+or null, "length": int, "steps": int, "micro_batch": int, "recompute": str, "overlap": bool, "probe": position of
+the token to change}. Its result holds losses, grad_norms (one per step), gradients after the first step and weights
+after the last by global parameter name, parameters whose copies differ, what a step adds to `traffic` by rank, and
+positions that move.
 """
 
 import json
@@ -39,6 +42,8 @@ SMALL = dict(
     shared_expert_ffn_hidden_size=16, init_std=0.1,
 )  # fmt: skip
 
+TIMEOUT = {"cpu": 30, "cuda": 1}  # minutes; a GPU test that hangs should not use up the machine
+
 
 def packed_batch(step, batch, length, chunk):
     """The global batch of a step: random tokens in documents of whole chunks, with padding, weights and domains."""
@@ -67,13 +72,24 @@ class Recorder:
     def step(self):
         if self.gradients is None:
             self.gradients = {}
+            gather_gradients(self.chunks)
             for chunk in self.chunks:
                 for name, parameter in chunk.module.named_parameters():
                     count = getattr(parameter, "partition_count", 1)
                     split = (getattr(parameter, "partition_dim", 0), count)
                     for part, gradient in global_parts(name, parameter.main_grad, chunk.module):
-                        self.gradients[part] = (gradient.clone(), split)
+                        self.gradients[part] = (gradient.detach().cpu().clone(), split)
         return self.optimizer.step()
+
+
+def gather_gradients(chunks):
+    """Under the distributed optimizer each rank has the sums of its share of every bucket: fill in the others."""
+    for buffer in (buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)):
+        if buffer.ddp_config.use_distributed_optimizer:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, share, group=group)
 
 
 def whole(name, shards):
@@ -90,10 +106,9 @@ def whole(name, shards):
     return torch.cat(tensors, dim=dim)
 
 
-def run(job):
+def run(job, device):
     parallel = ParallelConfig(**job["parallel"])
-    compat.parallel_state.destroy_model_parallel()
-    device = mesh.initialize(parallel, "cpu", seed=1)
+    mesh.initialize(parallel, device, seed=1, timeout_minutes=TIMEOUT[device.type])
     mesh.check_topology(parallel, mesh.world_size())
     model = ModelConfig(**{**SMALL, **job.get("model", {})})
     chunks = build_chunks(
@@ -103,13 +118,14 @@ def run(job):
         parallel=parallel,
         recompute=job.get("recompute", "none"),
         compute=ComputeConfig(**job.get("compute", {})),
+        device=device,
     )
     for chunk in chunks:
         chunk.set_schedule(window=job["window"], hsa_window=job["hsa_window"], top_k=job["top_k"])
     settings = OptimizerSettings(**{"lr": 3e-3, "distributed": False, **job.get("optimizer", {})})
-    wrapped = wrap_model(chunks, settings)
+    wrapped = wrap_model(chunks, settings, overlap=job.get("overlap", False))
     recorder = Recorder(build_optimizer(settings, wrapped), wrapped)
-    moved, logits = probe(wrapped, job, model)
+    moved, logits = probe(wrapped, job, model, device)
     step = TrainStep(wrapped, recorder, ["a", "b"], device)
     results = []
     for number in range(job["steps"]):
@@ -152,7 +168,7 @@ def trained_weights(chunks):
         part: (values, (getattr(parameter, "partition_dim", 0), getattr(parameter, "partition_count", 1)))
         for chunk in chunks
         for name, parameter in chunk.module.named_parameters()
-        for part, values in global_parts(name, parameter.detach().clone(), chunk.module)
+        for part, values in global_parts(name, parameter.detach().cpu().clone(), chunk.module)
     }
 
 
@@ -186,31 +202,37 @@ def _one_per_place(holders):
     return [by_place[place] for place in sorted(by_place)]
 
 
-def probe(chunks, job, model):
+def probe(chunks, job, model, device):
     """Positions whose logits move when one token changes, in a packed batch, and the logits before it does."""
     batch = packed_batch(99, 2, job["length"], model.chunk_size)
-    changed = batch.tokens.clone()
+    tokens, documents = batch.tokens.to(device), batch.documents.to(device)
+    changed = tokens.clone()
     changed[:, job["probe"]] = (changed[:, job["probe"]] + 1) % model.vocab_size
     for chunk in chunks:
         chunk.eval()
-    before = whole_logits(chunks, batch.tokens, batch.documents)
-    after = whole_logits(chunks, changed, batch.documents)
+    before = whole_logits(chunks, tokens, documents)
+    after = whole_logits(chunks, changed, documents)
     for chunk in chunks:
         chunk.train()
-    return ((before - after).abs().amax(-1) > 1e-5).nonzero().tolist(), before
+    return ((before - after).abs().amax(-1) > 1e-5).nonzero().tolist(), before.cpu()
 
 
-def rank_main(jobs, rank, ranks, port, folder):
-    """One forked rank: all jobs of one number of ranks."""
+def rank_main(jobs, rank, ranks, port, folder, device):
+    """One rank: all jobs of one number of ranks."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     log = os.open(folder / f"ranks-{ranks}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    mesh.initialize(device="cpu", seed=1)
+    place = mesh.initialize(device=device, seed=1, timeout_minutes=TIMEOUT[device])
+    sizes = ParallelConfig()
     for job in jobs:
         started = time.perf_counter()
-        result = run(job)
+        wanted = ParallelConfig(**{**job["parallel"], "balance_selection": None, "sequence": None})
+        if wanted != sizes:
+            compat.parallel_state.destroy_model_parallel()
+            sizes = wanted
+        result = run(job, place)
         if mesh.is_writer():
             torch.save(result, folder / f"{job['name']}.pt")
             print(f"{job['name']}: {time.perf_counter() - started:.1f} s", flush=True)
@@ -218,12 +240,18 @@ def rank_main(jobs, rank, ranks, port, folder):
     mesh.shutdown()
 
 
-def run_ranks(jobs, ranks, port, folder):
-    """Fork the ranks and wait for them; when one fails the others are ended, since they would wait for it."""
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=rank_main, args=(jobs, rank, ranks, port, folder)) for rank in range(ranks)]
+def start_ranks(jobs, ranks, folder, device):
+    """The started processes of one set."""
+    context, port = multiprocessing.get_context("fork" if device == "cpu" else "spawn"), free_port()
+    arguments = [(jobs, rank, ranks, port, folder, device) for rank in range(ranks)]
+    processes = [context.Process(target=rank_main, args=given) for given in arguments]
     for process in processes:
         process.start()
+    return processes
+
+
+def wait_for(processes):
+    """Wait for a set; when one process fails the others are ended, since they would wait for it."""
     while alive := [process for process in processes if process.is_alive()]:  # one list: an empty one waits for ever
         multiprocessing.connection.wait([process.sentinel for process in alive])
         if any(process.exitcode for process in processes):
@@ -234,9 +262,16 @@ def run_ranks(jobs, ranks, port, folder):
 
 
 def main():
-    jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    jobs, folder, device = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), sys.argv[3]
+    waiting = []
     for ranks in sorted({job["ranks"] for job in jobs}):
-        run_ranks([job for job in jobs if job["ranks"] == ranks], ranks, free_port(), folder)
+        processes = start_ranks([job for job in jobs if job["ranks"] == ranks], ranks, folder, device)
+        if device == "cpu":
+            wait_for(processes)
+        else:
+            waiting.append(processes)
+    for processes in waiting:
+        wait_for(processes)
 
 
 if __name__ == "__main__":

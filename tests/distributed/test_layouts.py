@@ -3,13 +3,7 @@
 Every layout is a test of its own; `layout_worker.py` runs all layouts of one number of ranks in one set of processes.
 """
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
 from parallel.context import halo_shares
 from parallel.mesh import ParallelConfig
@@ -18,18 +12,18 @@ from parallel.optimizer import OptimizerSettings
 from parallel.selection import handed_over
 from pretrain.memory_plan import held_parameters, state_bytes
 from pretrain.recipe import Recipe
-from tests.conftest import hsa_environment
 from tests.distributed.layout_worker import SMALL
+from tests.distributed.layouts import assert_equals_one_rank, launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-WORKER = Path(__file__).with_name("layout_worker.py")
 # Packed documents in every batch; top_k below the number of chunks, so that selection matters.
 BASE = {"window": 16, "hsa_window": 8, "top_k": 3, "length": 64, "steps": 20, "micro_batch": 2, "probe": 19}
 ONE_HEAD = {"hsa_kv_heads": 1, "retrieval_heads": 1, "swa_kv_heads": 1}
 DENSE = {"num_experts": 0}
 Z_LOSS = {"router_z_loss": 1e-2}
 MUON = {"name": "muon", "distributed": True}
+SHARED = {"distributed": True}
 FEW = {"steps": 3}  # variants of a layout that is there with 20 steps
 
 LAYOUTS = {
@@ -62,6 +56,12 @@ LAYOUTS = {
         },
         "data": {"parallel": {}},
         "data, Muon": {"parallel": {}, "optimizer": MUON},
+        "data, state shared, reduction overlapped": {
+            "parallel": {}, "micro_batch": 1, "optimizer": SHARED, "overlap": True, **FEW,
+        },
+        "context, state shared, reduction overlapped": {
+            "parallel": {"context": 2}, "optimizer": SHARED, "overlap": True, **FEW,
+        },
     },
     3: {
         # the middle rank hands nothing over
@@ -99,73 +99,26 @@ LAYOUTS = {
 CASES = [(ranks, name) for ranks, layouts in LAYOUTS.items() for name in layouts]
 
 
-def reference_of(job):
-    """The name and the job of one rank that a layout is compared with; several layouts share one."""
-    same = {
-        key: value
-        for key, value in job.items()
-        if key not in ("parallel", "micro_batch", "recompute", "steps", "compute")
-    }
-    same |= {"steps": BASE["steps"], "micro_batch": 4, "parallel": {}}
-    return json.dumps(same, sort_keys=True), same
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """A function that gives (one rank's result, the layout's) for a number of ranks and the name of a layout."""
-    folder = tmp_path_factory.mktemp("layouts")
-    jobs, references = [], {}
-    for ranks, name in CASES:
-        job = {**BASE, **LAYOUTS[ranks][name]}
-        key, reference = reference_of(job)
-        if key not in references:
-            references[key] = {**reference, "ranks": 1, "name": f"reference {len(references)}"}
-        jobs.append({**job, "ranks": ranks, "name": f"{ranks} {name}", "reference": references[key]["name"]})
-    (folder / "jobs.json").write_text(json.dumps([*references.values(), *jobs]))
-    command = [sys.executable, "-W", "ignore", str(WORKER), str(folder / "jobs.json"), str(folder)]
-    done = subprocess.run(command, env=hsa_environment(), capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stdout + done.stderr
-    by_name = {job["name"]: job["reference"] for job in jobs}
-
-    def both(ranks, name):
-        found = []
-        for wanted, number in ((by_name[f"{ranks} {name}"], 1), (f"{ranks} {name}", ranks)):
-            path = folder / f"{wanted}.pt"
-            assert path.exists(), f"{wanted} gave no result:\n{(folder / f'ranks-{number}.log').read_text()[-6000:]}"
-            found.append(torch.load(path))
-        return found
-
-    return both
+    return launch(LAYOUTS, BASE, tmp_path_factory.mktemp("layouts"), "cpu", timeout=550)
 
 
 @pytest.mark.parametrize(("ranks", "layout"), CASES, ids=[f"{ranks} ranks: {name}" for ranks, name in CASES])
 def test_a_layout_equals_one_rank(results, ranks, layout):
-    single, spread = results(ranks, layout)
-    steps = len(spread["losses"])
-    assert steps == {**BASE, **LAYOUTS[ranks][layout]}["steps"]
-    assert spread["losses"] == pytest.approx(single["losses"][:steps], rel=1e-5)
-    assert spread["grad_norms"][0] == pytest.approx(single["grad_norms"][0], rel=1e-4)
-    length = {**BASE, **LAYOUTS[ranks][layout]}["length"]
-    for kind, keys in (("domains", {"a", "b"}), ("positions", {start for start in (0, 16, 32) if start < length})):
-        assert single[kind][0].keys() == keys
-        for ours, theirs in zip(spread[kind], single[kind], strict=False):
-            assert ours == pytest.approx(theirs, rel=1e-5)
-    for ours, theirs in zip(spread["experts"], single["experts"], strict=False):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
-    assert spread["gradients"].keys() == single["gradients"].keys()
-    for name, expected in single["gradients"].items():
-        difference = (spread["gradients"][name] - expected).norm() / expected.norm().clamp_min(1e-12)
-        assert difference < 1e-4, f"{name}: {difference:.1e}"
-    assert not spread["unequal copies"]
-    torch.testing.assert_close(spread["logits"], single["logits"], rtol=1e-4, atol=1e-5)
-    assert single["moved"] and spread["moved"] == single["moved"]
+    assert_equals_one_rank(*results(ranks, layout), {**BASE, **LAYOUTS[ranks][layout]})
 
 
 RANKS, SLICE, CHUNK, NUMBER = 4, 16, 8, 4  # context-parallel ranks, tokens of each, tokens of a chunk, bytes
 SEQUENCES, HSA_LAYERS, HEADS = 4, 2, 2  # per step; retrieval heads
 
 
-@pytest.mark.parametrize(("ranks", "layout"), CASES, ids=[f"{ranks} ranks: {name}" for ranks, name in CASES])
+# Of buckets shared out, padded to whole ones, a model as small as this one has uneven parts.
+EXACT = [(ranks, name) for ranks, name in CASES if LAYOUTS[ranks][name].get("optimizer") != SHARED]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), EXACT, ids=[f"{ranks} ranks: {name}" for ranks, name in EXACT])
 def test_the_plan_knows_what_a_rank_holds(results, ranks, layout):
     """Parameters and moments of every rank, exactly."""
     _, spread = results(ranks, layout)
