@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hsa_kernels import ops
 from parallel.compat import (
@@ -25,6 +25,7 @@ from parallel.fused import rotate
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
 from parallel.norm import RMSNorm
+from parallel.positions import absolute_angles
 from parallel.selection import select_chunks
 from parallel.shared_memory import SharedMemory
 from parallel.tensor import HeadLinear, whole_sequence
@@ -134,8 +135,8 @@ class HierarchicalSparseAttention(MegatronModule):
     section 2).
 
     Owns the query side only: keys, values and landmarks come from the context memory, shared by all HSA layers. No
-    positional encoding. Queries and keys are RMS-normalised per head, retrieval queries and landmarks per retrieval
-    head.
+    positional encoding, unless `model.ablations` asks for one. Queries and keys are RMS-normalised per head, retrieval
+    queries and landmarks per retrieval head.
     """
 
     def __init__(
@@ -166,18 +167,46 @@ class HierarchicalSparseAttention(MegatronModule):
         self.q_layernorm = RMSNorm(config, model.head_dim, config.layernorm_epsilon)
         self.retrieval_layernorm = RMSNorm(config, retrieval_size, config.layernorm_epsilon)
         self.checkpoint_core_attention = config.recompute_granularity == "selective"
+        self.recency: nn.Parameter | None = None
+        if model.ablations.recency_decay:
+            self.recency = nn.Parameter(torch.ones(1, dtype=config.params_dtype))
 
-    def queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden_states (L, B, hidden), whole -> queries (L, B, Hq, D) and retrieval queries (L, B, Hr, Dr), fp32 at
-        least.
+    def queries(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states (L, B, hidden), whole, of tokens at positions (L or 1, B or 1) -> queries (L, B, Hq, D) and
+        retrieval queries (L, B, Hr, Dr), fp32 at least.
         """
         model = self.model
         q = self.q_layernorm(self.linear_q(hidden_states)[0].unflatten(-1, (-1, model.head_dim)))
+        if model.ablations.hsa_rope:
+            q = rotate(q, absolute_angles(positions, model, q.dtype))
         retrieval = self.linear_retrieval(hidden_states)[0]
         retrieval = retrieval.unflatten(-1, (-1, model.retrieval_dim // model.retrieval_heads))
         # Scores decide which chunks are read at all: fp32 at least, whatever the precision of the run.
         wide = torch.promote_types(retrieval.dtype, torch.float32)
         return q, self.retrieval_layernorm(retrieval.to(wide))
+
+    def weights(self, scores: Tensor, indices: Tensor) -> Tensor:
+        """Weights (..., K) of chosen chunks from their scores, or the logarithms of weights: indices ascend, -1 = none.
+
+        With recency decay a score falls by softplus(recency - 4) (0.05 at first) from each chosen chunk to the next
+        older one. So the decay does not grow with the length of the text.
+        """
+        if self.recency is not None:
+            places = torch.arange(indices.shape[-1], device=scores.device)
+            scores = scores + nn.functional.softplus(self.recency.to(scores.dtype) - 4) * places
+        return ops.selection_weights(scores, indices)
+
+    def _noise(self, retrieval: Tensor, chunks: int) -> Tensor | None:
+        """Gumbel noise (B, L, Hr, chunks) for retrieval queries (L, B, Hr, Dr) in training, None without.
+
+        From torch's own generator, whose state checkpoints keep: a resumed run draws what the unbroken one draws.
+        """
+        scale, top_k = self.model.ablations.selection_noise, self.schedule.top_k
+        if not (scale and self.training) or top_k is None or top_k >= chunks:
+            return None
+        length, batch, heads = retrieval.shape[:3]
+        drawn = torch.empty(batch, length, heads, chunks, dtype=torch.float32, device=retrieval.device)
+        return drawn.exponential_().log_().mul_(-scale)
 
     def forward(
         self,
@@ -193,11 +222,17 @@ class HierarchicalSparseAttention(MegatronModule):
         Returns the like of hidden_states; rows that see no completed chunk are 0 before the output projection.
         """
         model = self.model
-        q, retrieval = self.queries(whole_sequence(hidden_states, self.config, self.tp_group))
+        hidden_states = whole_sequence(hidden_states, self.config, self.tp_group)
+        positions = torch.arange(query_offset, query_offset + hidden_states.shape[0], device=hidden_states.device)
+        q, retrieval = self.queries(hidden_states, positions[:, None])
         wide = retrieval.dtype
         if isinstance(memory, SharedMemory):
             out = memory.read(
-                q.transpose(0, 1), retrieval.transpose(0, 1), top_k=self.schedule.top_k, query_offset=query_offset
+                q.transpose(0, 1),
+                retrieval.transpose(0, 1),
+                top_k=self.schedule.top_k,
+                query_offset=query_offset,
+                weigh=self.weights if self.recency is not None else None,
             )
             return self.linear_proj(out.transpose(0, 1).flatten(2))[0]
         read = memory if isinstance(memory, ContextMemory) else memory()
@@ -212,8 +247,9 @@ class HierarchicalSparseAttention(MegatronModule):
                 chunk_size=model.chunk_size,
                 query_offset=query_offset,
                 documents=documents,
+                noise=self._noise(retrieval, read.chunks),
             )
-            weights = ops.selection_weights(scores, indices)
+            weights = self.weights(scores, indices)
             if indices.shape[2] < k.shape[2]:  # one retrieval shared by all key/value heads
                 indices = indices.expand(-1, -1, k.shape[2], -1)
                 weights = weights.expand(-1, -1, k.shape[2], -1)

@@ -24,9 +24,11 @@ from parallel.compat import (
     gather_from_sequence_parallel_region,
     sharded_state_dict_default,
 )
+from parallel.fused import rotate
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
 from parallel.norm import RMSNorm
+from parallel.positions import absolute_angles
 from parallel.tensor import HeadLinear
 
 
@@ -120,8 +122,9 @@ class ChunkEncoder(MegatronModule):
         self.k_layernorm = RMSNorm(config, model.head_dim, config.layernorm_epsilon)
         self.landmark_layernorm = RMSNorm(config, retrieval_size, config.layernorm_epsilon)
 
-    def forward(self, hidden_states: Tensor) -> ContextMemory:
+    def forward(self, hidden_states: Tensor, numbers: Tensor | None = None) -> ContextMemory:
         """hidden_states (C * S, B, hidden), whole chunks only (this rank's part of them under sequence parallelism).
+        numbers (1 or B, C): which chunks of their texts they are, where HSA has positions; None: 0 .. C - 1.
 
         Each chunk is encoded by itself. The memory holds the heads that this rank's query heads read.
         """
@@ -147,8 +150,15 @@ class ChunkEncoder(MegatronModule):
         tokens = x[1:].view(model.chunk_size, chunks, batch, hidden).permute(2, 1, 0, 3).reshape(batch, length, hidden)
         landmarks = self.linear_landmark(x[0].view(chunks, batch, hidden).transpose(0, 1))[0]
         retrieval_size = model.retrieval_dim // model.retrieval_heads
+        k = self.k_layernorm(self.linear_k(tokens)[0].unflatten(-1, (-1, model.head_dim)))
+        if model.ablations.hsa_rope:
+            if numbers is None:
+                numbers = torch.arange(chunks, device=k.device)[None]
+            inside = torch.arange(model.chunk_size, device=k.device)
+            positions = (numbers[..., None] * model.chunk_size + inside).flatten(1)
+            k = rotate(k, absolute_angles(positions, model, k.dtype))
         return ContextMemory(
-            k=self.k_layernorm(self.linear_k(tokens)[0].unflatten(-1, (-1, model.head_dim))),
+            k=k,
             v=self.linear_v(tokens)[0].unflatten(-1, (-1, model.head_dim)),
             landmarks=self.landmark_layernorm(landmarks.unflatten(-1, (-1, retrieval_size))),
         )

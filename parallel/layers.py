@@ -159,6 +159,8 @@ class DecoderLayer(TransformerLayer):
             mlp_input = hidden_states + self.hsa_attention(
                 self.hsa_layernorm(hidden_states), memory, documents=documents, query_offset=query_offset
             )
+            if not self.model.ablations.bypass:
+                hidden_states = mlp_input
         return hidden_states + self.mlp(self.pre_mlp_layernorm(mlp_input))[0], keys_values
 
 

@@ -4,7 +4,27 @@ Megatron.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Ablations:
+    """What the method leaves out or does otherwise, for experiments only (docs/study.md). The defaults are the method.
+
+    bypass: HSA's output feeds the MLP only; false: it enters the residual stream as well. hsa_rope: rotary positions,
+    absolute, on HSA's queries and on the memory's keys. recency_decay: a learned scalar per HSA layer lowers the
+    weights of chosen chunks, place by place from the newest (the authors' code; the choice itself stays as it is).
+    selection_noise: scale of Gumbel noise on the scores that choose chunks, in training.
+    """
+
+    bypass: bool = True
+    hsa_rope: bool = False
+    recency_decay: bool = False
+    selection_noise: float = 0.0
+
+    def named(self) -> list[str]:
+        """The options that differ from the method."""
+        return [name for name, value in vars(self).items() if value != getattr(Ablations, name)]
 
 
 @dataclass
@@ -44,6 +64,7 @@ class ModelConfig:
     tied_embeddings: bool = True
     norm_eps: float = 1e-6
     init_std: float = 0.02
+    ablations: Ablations = field(default_factory=Ablations)
 
     @property
     def num_layers(self) -> int:
@@ -115,6 +136,8 @@ class ModelConfig:
             found.append(f"model.router_z_loss: must not be negative, is {self.router_z_loss}")
         if self.head_dim % 2:
             found.append(f"model.head_dim: must be even for rotary embeddings, is {self.head_dim}")
+        if self.ablations.selection_noise < 0:
+            found.append(f"model.ablations.selection_noise: must not be negative, is {self.ablations.selection_noise}")
         return found
 
 
@@ -139,6 +162,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     query = model.num_heads * d
     swa = h * (query + 2 * model.swa_kv_heads * d) + query * h + 2 * d + h  # qkv, output, q/k norms, input norm
     hsa = 2 * h * query + h * model.retrieval_dim + d + model.retrieval_dim // model.retrieval_heads + h
+    hsa += int(model.ablations.recency_decay)
     dense = 3 * h * model.ffn_hidden_size + h
     expert = 3 * h * model.expert_ffn_hidden_size
     moe = model.num_experts * expert + 3 * h * model.shared_expert_ffn_hidden_size + h * model.num_experts + h

@@ -75,10 +75,11 @@ def select_chunks(
     chunk_size: int,
     query_offset: int,
     documents: Tensor | None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ops.select_chunks` for this rank's queries (L, B, Hr, Dr), with `balance` shared out over the ranks of `group`
-    (None: where it pays). landmarks (B, C, Hr, Dr) and documents (B, keys) are those of the whole sequence. Returns
-    indices (B, L, Hr, top_k) int32 and scores.
+    (None: where it pays). landmarks (B, C, Hr, Dr) and documents (B, keys) are those of the whole sequence. noise: for
+    the choice, on one rank only. Returns indices (B, L, Hr, top_k) int32 and scores.
     """
 
     def choose(x: Tensor, offset: int) -> tuple[Tensor, Tensor]:
@@ -90,6 +91,7 @@ def select_chunks(
             chunk_size=chunk_size,
             query_offset=offset,
             documents=documents,
+            noise=noise,
         )
 
     length = queries.shape[0]

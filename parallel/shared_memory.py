@@ -8,6 +8,7 @@ the shared ones of the same number.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -70,8 +71,19 @@ class SharedMemory:
         hides = number < self.shared
         self.replaced[prompt[hides], number[hides]] = True
 
-    def read(self, q: Tensor, retrieval: Tensor, *, top_k: int | None, query_offset: int) -> Tensor:
-        """HSA of all prompts: q (B, L, Hq, D), retrieval (B, L, Hr, Dr) fp32 of tokens query_offset .. -> like q."""
+    def read(
+        self,
+        q: Tensor,
+        retrieval: Tensor,
+        *,
+        top_k: int | None,
+        query_offset: int,
+        weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """HSA of all prompts: q (B, L, Hq, D), retrieval (B, L, Hr, Dr) fp32 of tokens query_offset .. -> like q.
+
+        weigh: weights of chosen chunks from their scores and ids, both in the order of the text; None: softmax.
+        """
         batch, length = q.shape[:2]
         ids, scores = self._candidates(retrieval, top_k)
         size = self.numbers.shape[1]
@@ -86,15 +98,24 @@ class SharedMemory:
         keep = min(top_k or scores.shape[-1], scores.shape[-1])
         scores, order = scores.topk(keep, dim=-1)
         ids = ids.gather(-1, order).masked_fill(scores == -math.inf, -1)
+        if weigh is not None:
+            order = self._places(ids).argsort(-1)
+            ids, scores = ids.gather(-1, order), scores.gather(-1, order)
         ids = ids.int().flatten(0, 1)[None]
         scores = scores.masked_fill(scores == -math.inf, 0.0).flatten(0, 1)[None]
-        weights = ops.selection_weights(scores, ids)
+        weights = (weigh or ops.selection_weights)(scores, ids)
         heads = self.k.shape[2]
         if ids.shape[2] < heads:
             ids, weights = (x.expand(-1, -1, heads, -1) for x in (ids, weights))
         flat = q.flatten(0, 1)[None]
         out = ops.hsa_attention(flat, self.k, self.v, weights, ids, chunk_size=self.chunk_size)
         return out.view(q.shape)
+
+    def _places(self, ids: Tensor) -> Tensor:
+        """Numbers in the text of chunks by their ids; those that are none come last."""
+        last = torch.iinfo(torch.int64).max
+        own = self.numbers.flatten()[(ids - self.capacity).clamp(min=0)] if self.numbers.numel() else ids
+        return torch.where(ids < self.capacity, ids, own).masked_fill(ids < 0, last)
 
     def _candidates(self, retrieval: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
         """Ids int64 and scores (B, L, Hr, n) of shared chunks that hold the best ones, -inf where replaced."""

@@ -39,6 +39,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "make a run directory from a Hugging Face folder",
         "hsa import demo-hf --out runs/imported",
     ),
+    "study": (
+        "pretrain.study",
+        "train and evaluate variants of a recipe, and make one table",
+        "hsa study cpu --only baseline window-half",
+    ),
     "bench": ("pretrain.bench", "measure speed", "hsa bench kernels --json kernels.json"),
 }
 

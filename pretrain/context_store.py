@@ -4,7 +4,7 @@ written into, on the device or in host memory, in the model's dtype or in FP8.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,13 +117,23 @@ class ContextStore:
             return ContextMemory(self.k[pick, :tokens], self.v[pick, :tokens], landmarks)
         return _FetchedMemory(self.k[:, :tokens], self.v[:, :tokens], landmarks, store=self, rows=tuple(rows))
 
-    def attend(self, q: Tensor, retrieval: Tensor, visible: Tensor, top_k: int | None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        retrieval: Tensor,
+        visible: Tensor,
+        top_k: int | None,
+        weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """HSA of one new token per sequence: q (B, Hq, D), retrieval (B, Hr, Dr), visible (B,) int32 chunks.
+        weigh: weights from logarithms of the usual ones and ids in ascending order.
 
         Shapes alone decide what is launched, unless keys and values lie in host memory.
         """
         wanted = min(top_k or self.capacity, self.capacity)
         ids, weights = ops.hsa_decode_select(retrieval, self.landmarks, visible, top_k=wanted)
+        if weigh is not None:
+            weights = weigh(weights.log(), ids)
         k, v = self.k, self.v
         if self.placement != Placement():
             heads = self.model.hsa_kv_heads

@@ -162,9 +162,12 @@ class DecodeStep:
         mlp_input = x
         if layer.has_hsa:
             hsa = layer.hsa_attention
-            q, retrieval = hsa.queries(layer.hsa_layernorm(x))
-            out = self.store.attend(q[0], retrieval[0], visible, self.top_k)
+            q, retrieval = hsa.queries(layer.hsa_layernorm(x), self.position[None])
+            weigh = hsa.weights if hsa.recency is not None else None
+            out = self.store.attend(q[0], retrieval[0], visible, self.top_k, weigh)
             mlp_input = x + hsa.linear_proj(out.flatten(1)[None])[0]
+            if not layer.model.ablations.bypass:
+                x = mlp_input
         mlp_input = layer.pre_mlp_layernorm(mlp_input)
         if layer.layer_number in self.experts:
             return x + self._experts(layer.mlp, mlp_input, *self.experts[layer.layer_number])

@@ -153,7 +153,8 @@ class InferenceEngine:
             positions[:] = [position + 1 for position in positions]
             full = [row for row, position in enumerate(positions) if position % size == 0]
             if full:
-                chunks = self._encode(step.pending[full].transpose(0, 1))
+                numbers = torch.tensor([[positions[row] // size - 1] for row in full], device=self.device)
+                chunks = self._encode(step.pending[full].transpose(0, 1), numbers)
                 for i, row in enumerate(full):
                     one = ContextMemory(chunks.k[i : i + 1], chunks.v[i : i + 1], chunks.landmarks[i : i + 1])
                     self.store.write(one, [row], positions[row] // size - 1)
@@ -273,13 +274,15 @@ class InferenceEngine:
         chunk = self.model.model.chunk_size
         complete = pending.shape[0] // chunk * chunk
         if complete:
-            self.store.write(self._encode(pending[:complete]), reading.rows, start // chunk)
+            first = start // chunk
+            numbers = torch.arange(first, first + complete // chunk, device=self.device)[None]
+            self.store.write(self._encode(pending[:complete], numbers), reading.rows, first)
         return Reading(reading.rows, start + tokens.shape[1], halos, pending[complete:].clone()), hidden
 
-    def _encode(self, hidden: Tensor) -> ContextMemory:
+    def _encode(self, hidden: Tensor, numbers: Tensor) -> ContextMemory:
         encoder = self.upper[0].encoder
         assert encoder is not None
-        return encoder(hidden)
+        return encoder(hidden, numbers)
 
     def _upper(self, reading: Reading, hidden: Tensor, query_offset: int) -> tuple[Reading, Tensor]:
         memory = self.store.view(reading.rows, reading.position // self.model.model.chunk_size)

@@ -364,6 +364,12 @@ def check(recipe: Recipe) -> tuple[list[str], list[str]]:
         errors.append("stages: there is none")
     names = [stage.name for stage in recipe.stages]
     errors += [f"stages: two are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    options = [name for name in recipe.model.ablations.named() if name != "bypass"]
+    if options and recipe.parallel.model_ranks > 1:
+        errors.append(
+            f"model.ablations.{options[0]}: an experiment that runs with data parallelism only, parallel asks for "
+            f"{recipe.parallel.model_ranks} ranks per copy of the model"
+        )
     if recipe.checkpoint.keep_last < 1:
         errors.append(f"checkpoint.keep_last: at least 1 must be kept, is {recipe.checkpoint.keep_last}")
     if recipe.checkpoint.every_steps is not None and recipe.checkpoint.every_steps < 1:

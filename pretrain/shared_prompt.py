@@ -72,7 +72,9 @@ class SharedPrompt:
             for start in range(0, chunks * self.chunk, step):
                 part = torch.from_numpy(self.tokens[start : min(start + step, chunks * self.chunk)])
                 hidden = self._lower(part[None].to(engine.device), halos)
-                new = encoder(hidden)
+                first = start // self.chunk
+                numbers = torch.arange(first, first + hidden.shape[0] // self.chunk, device=engine.device)
+                new = encoder(hidden, numbers[None])
                 if memory is None:
                     memory = SharedMemory(new, chunks, self.room)
                 memory.append(new)
@@ -153,8 +155,8 @@ class SharedPrompt:
                     slots += range(used[piece.prompt], used[piece.prompt] + count)
                     numbers += range(piece.first, piece.end)
                     used[piece.prompt] += count
-                new = encoder(torch.cat(kept)[:, None])
                 whose, place, number = (torch.tensor(x, device=device) for x in (prompts, slots, numbers))
+                new = encoder(torch.cat(kept)[:, None], number[None])
                 memory.put(whose, place, number, new)
 
     def _finish(
@@ -187,7 +189,7 @@ class SharedPrompt:
                 everyone.repeat_interleave(count),
                 (slot[:, None] + ahead).flatten(),
                 (first + ahead).repeat(len(edits)),
-                encoder(lower),
+                encoder(lower, (first + ahead)[None]),
             )
             slot.add_(count)
 

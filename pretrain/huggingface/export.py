@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from parallel.model_config import ModelConfig
+from pretrain.errors import RunDirError
 from pretrain.huggingface.names import our_tensors, to_exported
 from pretrain.model import HSAModel
 from pretrain.new_folder import whole_folder
 
 MODELING = "modeling_hsa_ultralong.py"
 SHARD_BYTES = 4 << 30
-# Fields of a model's description that say how it was trained, not what it is.
-TRAINING_FIELDS = ("preset", "init_std", "expert_bias_update_rate")
+# Fields of a model's description that say how it was trained, not what it is; of experiments none is exported.
+TRAINING_FIELDS = ("preset", "init_std", "expert_bias_update_rate", "ablations")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,11 @@ def main(args: argparse.Namespace) -> int:
     from pretrain.model_io import load_for_inference
 
     loaded = load_for_inference(args.checkpoint)
+    if options := loaded.recipe.model.ablations.named():
+        raise RunDirError(
+            f"{args.checkpoint}: model.ablations.{options[0]} is an experiment, which no exported model can have: "
+            "export one that was trained without it"
+        )
     about = {
         "name": loaded.recipe.name,
         "step": loaded.step,

@@ -1,0 +1,239 @@
+"""`hsa study`: variants of one recipe, each trained and evaluated in a run directory of its own, and one table of them.
+
+A study file names a base recipe, overrides of all variants, evaluations as command lines of ``hsa eval``, and the
+variants (docs/study.md). Training and evaluation are ``hsa train`` and ``hsa eval`` in processes of their own, so a
+variant that fails takes none of the others with it. What is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain import metrics_log
+from pretrain.errors import RecipeError
+from pretrain.evaluation.units import format_length
+from pretrain.recipe import load_recipe, plain, refuse_unknown_keys
+from pretrain.run_dir import RunDir, read_json, write_json
+from recipes import RECIPES_DIR
+
+STOPPED = 75  # what `hsa train` leaves with when it was asked to stop
+
+
+@dataclass
+class Variant:
+    """One row of the table. overrides: of the base recipe. of: instead of training, evaluate what that variant has
+    trained. evaluate: options added to every needle evaluation's command line (not to those of ``ppl``).
+    """
+
+    name: str = "???"
+    about: str = ""
+    overrides: list[str] = field(default_factory=list)
+    of: str | None = None
+    evaluate: str = ""
+
+
+@dataclass
+class Study:
+    """A study file. evaluations: by name, the words after ``hsa eval`` with {run} where the checkpoint belongs."""
+
+    name: str = "???"
+    base: str = "???"
+    overrides: list[str] = field(default_factory=list)
+    evaluations: dict[str, str] = field(default_factory=dict)
+    variants: list[Variant] = field(default_factory=list)
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name; RecipeError names those there are."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        there = ", ".join(variant.name for variant in self.variants)
+        raise RecipeError(f"no variant {name!r} in study {self.name}: there are {there}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `hsa study`."""
+    parser.add_argument("study", help="a study file, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values to change in all variants")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of all runs (default: runs/study-NAME)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants: one GPU's or one job's share")
+    parser.add_argument("--table", action="store_true", help="only collect what is there into study.json and study.md")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `hsa study`; RecipeError for a study that cannot work, before anything starts."""
+    study = load_study(args.study, args.overrides)
+    folder = args.out or Path("runs") / f"study-{study.name}"
+    chosen = [study.variant(name) for name in args.only] if args.only else study.variants
+    failed: list[str] = []
+    if not args.table:
+        for variant in chosen:
+            if failed and variant.of in failed:
+                status: int | None = 1
+            else:
+                status = run_variant(study, variant, folder)
+            if status == STOPPED:
+                print(f"hsa: study {study.name} stopped in {variant.name}; the same command goes on", flush=True)
+                return STOPPED
+            if status:
+                failed.append(variant.name)
+                print(f"hsa: study {study.name}: {variant.name} failed, see {_log(folder, variant)}", flush=True)
+    rows = collect(study, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "study.json", {"study": study.name, "base": study.base, "variants": rows})
+    text = table(rows, list(study.evaluations))
+    (folder / "study.md").write_text(text + "\n")
+    print(f"{text}\n{folder / 'study.json'}", flush=True)
+    if failed:
+        print(f"hsa: {len(failed)} of {len(chosen)} variants failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def load_study(where: str, overrides: Sequence[str] = ()) -> Study:
+    """Read and check a study file, every variant's recipe included. overrides come before those of the variants."""
+    path = Path(where)
+    if not path.is_file():
+        path = RECIPES_DIR / "study" / f"{where}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in (RECIPES_DIR / "study").glob("*.yaml")))
+        raise RecipeError(f"no study {where!r}: there is no such file, and the studies shipped are {shipped}")
+    try:
+        raw = plain(OmegaConf.load(path))
+        refuse_unknown_keys(raw, Study, "", str(path))
+        study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), raw))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, TypeError) as error:
+        raise RecipeError(f"{path}: not a readable study: {str(error).splitlines()[0]}") from None
+    assert isinstance(study, Study)
+    study.overrides += overrides
+    names = [variant.name for variant in study.variants]
+    if not names or len(set(names)) < len(names):
+        raise RecipeError(f"{path}: variants: each needs a name of its own, and there must be one at least")
+    for variant in study.variants:
+        try:
+            if variant.of is not None and (study.variant(variant.of).of is not None or variant.overrides):
+                raise RecipeError("`of` names a variant that is trained, and goes without overrides")
+            load_recipe(study.base, [*study.overrides, *variant.overrides])
+        except RecipeError as error:
+            raise RecipeError(f"{path}: variant {variant.name}: {error}") from None
+    return study
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# running
+
+
+def _log(folder: Path, variant: Variant) -> Path:
+    return folder / "logs" / f"{variant.name}.log"
+
+
+def run_variant(study: Study, variant: Variant, folder: Path) -> int:
+    """Train and evaluate what is not done yet; the exit status of the first command that failed, else 0."""
+    run = folder / (variant.of or variant.name)
+    _log(folder, variant).parent.mkdir(parents=True, exist_ok=True)
+    if not _finished(run):
+        if variant.of is not None:
+            print(f"{variant.name}: {variant.of} is not trained yet: run that variant first", flush=True)
+            return 1
+        status = _hsa(["train", study.base, *study.overrides, *variant.overrides, "--run-dir", run], folder, variant)
+        if status:
+            return status
+    for name, words in study.evaluations.items():
+        if not (folder / variant.name / "eval" / f"{name}.json").is_file():
+            command = [word.format(run=run) for word in shlex.split(words)]
+            if command[0] != "ppl":
+                command += shlex.split(variant.evaluate)
+            target = ["--out", folder / variant.name / "eval", "--name", name]
+            if status := _hsa(["eval", *command, *target], folder, variant):
+                return status
+    return 0
+
+
+def _finished(run: Path) -> bool:
+    directory = RunDir(run)
+    return directory.exists() and bool(directory.read_run().get("finished"))
+
+
+def _hsa(words: Sequence[object], folder: Path, variant: Variant) -> int:
+    """One `hsa` command, its output behind the variant's log."""
+    command = [sys.executable, "-m", "pretrain", *map(str, words)]
+    print(f"{variant.name}: hsa {shlex.join(command[3:])}", flush=True)
+    with _log(folder, variant).open("a") as log:
+        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# collecting
+
+
+def collect(study: Study, folder: Path) -> list[dict[str, Any]]:
+    """What is finished of every variant: training speed, accuracy by evaluation and length, held-out loss."""
+    rows = []
+    for variant in study.variants:
+        row: dict[str, Any] = {"name": variant.name, "about": variant.about, "overrides": variant.overrides}
+        run = folder / (variant.of or variant.name)
+        row["trained"] = _finished(run)
+        if row["trained"]:
+            row["tokens"], row["tokens_per_second"] = _speed(run)
+        for name in study.evaluations:
+            path = folder / variant.name / "eval" / f"{name}.json"
+            if path.is_file():
+                row[name] = _result(read_json(path))
+        rows.append(row)
+    return rows
+
+
+def _speed(run: Path) -> tuple[int, float]:
+    """Tokens trained on, and tokens per second of the whole training without its pauses."""
+    records = list(metrics_log.read(RunDir(run).metrics_path))
+    return records[-1]["tokens"], records[-1]["tokens"] / sum(record["step_seconds"] for record in records)
+
+
+def _result(result: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of one evaluation that the table shows, by task and length; of ``ppl`` nats per token by context."""
+    if result["evaluation"] == "ppl":
+        return {"loss": {str(c["context"]): {k: c[k] for k in ("nll", "low", "high")} for c in result["contexts"]}}
+    tasks = result.get("tasks") or {result["task"]: result}
+    keys = ("n", "correct", "accuracy", "low", "high")
+    return {
+        task: {str(cell["length"]): {k: cell[k] for k in keys} for cell in value["lengths"]}
+        for task, value in tasks.items()
+    }
+
+
+def table(rows: list[dict[str, Any]], evaluations: Sequence[str]) -> str:
+    """Markdown: a row per variant, a column per task and length (exact answers in %, 95 % interval) or context."""
+    columns: dict[tuple[str, str, str], None] = {}
+    for name in evaluations:
+        for row in rows:
+            for task, cells in row.get(name, {}).items():
+                columns.update(dict.fromkeys((name, task, length) for length in cells))
+    head = ["variant", *(f"{name} {task} {format_length(int(length))}" for name, task, length in columns), "tokens/s"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        cells = [_cell(row.get(name, {}).get(task, {}).get(length)) for name, task, length in columns]
+        speed = row.get("tokens_per_second")
+        lines.append([row["name"], *cells, f"{speed:,.0f}" if speed else ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(cell: dict[str, float] | None) -> str:
+    if cell is None:
+        return ""
+    if "nll" in cell:
+        return f"{cell['nll']:.3f} ± {(cell['high'] - cell['low']) / 2:.3f}"
+    return f"{100 * cell['accuracy']:.0f} [{100 * cell['low']:.0f}-{100 * cell['high']:.0f}]"

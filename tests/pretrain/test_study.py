@@ -1,0 +1,102 @@
+"""`hsa study`: what is refused before anything starts, the table, and a study end to end."""
+
+import json
+
+import pytest
+import yaml
+
+from pretrain.errors import RecipeError
+from pretrain.study import load_study, table
+
+# Every item that the study of the method has to measure, by a word in the names of its variants.
+ITEMS = "window top-k-eval top-k- no-warmup no-self-copy noise synthetic no-bypass rope groups ratio recency".split()
+
+
+def write(folder, base, variants, **more):
+    path = folder / "study.yaml"
+    evaluations = {"needles": "niah {run} --lengths 1x --samples 2 --depths 2", "text": "ppl {run} --lengths 1x"}
+    study = {"name": "tiny", "base": str(base), "evaluations": evaluations, "variants": variants, **more}
+    path.write_text(yaml.safe_dump(study))
+    return path
+
+
+@pytest.mark.parametrize("name", ["cpu", "h100"])
+def test_shipped_studies_cover_every_item(name):
+    study = load_study(name)
+    names = [variant.name for variant in study.variants]
+    assert names[0] == "baseline" and all(any(item in n for n in names) for item in ITEMS)
+    assert sum(variant.name.startswith("window") for variant in study.variants) == 3
+    assert sum(variant.of == "baseline" for variant in study.variants) == 3
+    assert all(variant.about for variant in study.variants)
+
+
+def test_both_shipped_studies_ask_the_same():
+    cpu, h100 = ({variant.name for variant in load_study(name).variants} for name in ("cpu", "h100"))
+    differ = {name for name in cpu ^ h100 if not name.startswith(("ratio", "groups"))}
+    assert not differ
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ([], "each needs a name of its own"),
+        ([{"name": "a"}, {"name": "a"}], "each needs a name of its own"),
+        ([{"name": "a", "override": ["seed=1"]}], r"unknown key 'variants\[0\].override', did you mean 'overrides'"),
+        ([{"name": "a", "overrides": ["stages.third.window=8"]}], "variant a: .*no entry 'third'"),
+        ([{"name": "a"}, {"name": "b", "of": "c"}], "variant b: no variant 'c' in study tiny: there are a, b"),
+        ([{"name": "a"}, {"name": "b", "of": "a", "overrides": ["seed=1"]}], "variant b: `of` names a variant"),
+    ],
+)
+def test_refused(tmp_path, tiny_recipe, variants, message):
+    with pytest.raises(RecipeError, match=message):
+        load_study(str(write(tmp_path, tiny_recipe, variants)))
+
+
+def test_a_study_that_is_not_there():
+    with pytest.raises(RecipeError, match="no study 'gpu'.*the studies shipped are cpu, h100"):
+        load_study("gpu")
+
+
+def test_the_table_leaves_open_what_is_not_measured():
+    cell = {"n": 20, "correct": 15, "accuracy": 0.75, "low": 0.531, "high": 0.888}
+    loss = {"loss": {"512": {"nll": 3.25, "low": 3.2, "high": 3.3}}}
+    rows = [
+        {"name": "a", "tokens_per_second": 8250.4, "needles": {"niah_single": {"512": cell}}, "text": loss},
+        {"name": "b", "needles": {"niah_single": {"32768": cell}}},
+        {"name": "c"},
+    ]
+    assert table(rows, ["needles", "text"]).splitlines() == [
+        "| variant | needles niah_single 512 | needles niah_single 32k | text loss 512 | tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 75 [53-89] |  | 3.250 ± 0.050 | 8,250 |",
+        "| b |  | 75 [53-89] |  |  |",
+        "| c |  |  |  |  |",
+    ]
+
+
+@pytest.mark.slow
+def test_end_to_end(hsa, tmp_path, tiny_recipe):
+    """One variant is trained, one asks it otherwise, one fails and stops nobody; a second call trains nothing."""
+    variants = [
+        {"name": "broken", "overrides": [f"data.tokenizer={tmp_path}/none.json"]},
+        {"name": "plain"},
+        {"name": "wide", "of": "plain", "evaluate": "--top-k 8"},
+        {"name": "later", "overrides": ["seed=2"]},
+    ]
+    path, out = write(tmp_path, tiny_recipe, variants, overrides=["seed=1"]), tmp_path / "out"
+    early = hsa("study", path, "--out", out, "--only", "wide")
+    assert early.returncode == 1 and "plain is not trained yet: run that variant first" in early.stdout
+    done = hsa("study", path, "--out", out, "--only", "broken", "plain", "wide")
+    assert done.returncode == 1 and "1 of 3 variants failed: broken" in done.stderr, done.stdout + done.stderr
+    assert "none.json" in (out / "logs" / "broken.log").read_text()
+    rows = {row["name"]: row for row in json.loads((out / "study.json").read_text())["variants"]}
+    for name in ("plain", "wide"):
+        assert rows[name]["needles"]["niah_single"]["128"]["n"] == 4 and rows[name]["tokens"] == 4352
+        assert 0 < rows[name]["text"]["loss"]["128"]["nll"] < 7 and rows[name]["tokens_per_second"] > 0
+    assert json.loads((out / "wide" / "eval" / "needles.json").read_text())["model"]["settings"] == {"top_k": 8}
+    assert not rows["broken"]["trained"] and not rows["later"]["trained"]
+    assert "| plain | " in (out / "study.md").read_text() and "| later |  |  |  |" in (out / "study.md").read_text()
+    again = hsa("study", path, "--out", out, "--only", "plain", "wide")
+    assert again.returncode == 0 and "hsa train" not in again.stdout and "hsa eval" not in again.stdout
+    collected = hsa("study", path, "--out", out, "--table")
+    assert collected.returncode == 0 and "| wide | " in collected.stdout
