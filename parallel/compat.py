@@ -401,6 +401,13 @@ def _repair_distributed_optimizer() -> None:
     optimizer_class._set_main_param_and_optimizer_states = set_main_param_and_states
 
 
+def transformer_engine_linears() -> tuple[Any, Any]:
+    """Transformer Engine's column- and row-parallel linear layers behind Megatron's interface; needs it installed."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return TEColumnParallelLinear, TERowParallelLinear
+
+
 def transformer_engine_experts() -> Any:
     """Spec of Megatron's experts on Transformer Engine's grouped product; needs Transformer Engine."""
     from megatron.core.extensions.transformer_engine import (

@@ -31,6 +31,7 @@ from parallel.compat import (
     TransformerConfig,
     TransformerLayer,
     TransformerLayerSubmodules,
+    transformer_engine_linears,
 )
 from parallel.context import keep_in_graph, start_gather
 from parallel.encoder import ChunkEncoder
@@ -164,9 +165,11 @@ class DecoderLayer(TransformerLayer):
         return hidden_states + self.mlp(self.pre_mlp_layernorm(mlp_input))[0], keys_values
 
 
-def mlp_spec(experts: ModuleSpec | None, tiles: int) -> ModuleSpec:
-    """A dense SwiGLU MLP, in `tiles` parts of the sequence, or Megatron's mixture of `experts` with a shared one."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def mlp_spec(experts: ModuleSpec | None, tiles: int, column: type, row: type) -> ModuleSpec:
+    """A dense SwiGLU MLP, in `tiles` parts of the sequence, or Megatron's mixture of `experts` with a shared one.
+    column, row: the parallel linear layers.
+    """
+    linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     if experts is None:
         if tiles == 1:
             return ModuleSpec(module=MLP, submodules=linears)
@@ -187,19 +190,22 @@ def decoder_specs(
     *,
     experts: ModuleSpec,
     tiles: int = 1,
+    fp8: bool = False,
     first: int = 0,
     count: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Specs of the `count` decoder layers from `first` on (all of them), for the TransformerBlock of one stage.
 
-    experts: the routed experts where a layer has them; tiles: parts of the sequence in which dense MLPs run.
+    experts: the routed experts where a layer has them; tiles: parts of the sequence in which dense MLPs run; fp8: take
+    Transformer Engine's linear layers, which multiply in FP8 where Megatron says so.
     """
+    column, row = transformer_engine_linears() if fp8 else (ColumnParallelLinear, RowParallelLinear)
     attention = ModuleSpec(
         module=SlidingWindowSelfAttention,
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column,
             core_attention=NoCoreAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=row,
             q_layernorm=RMSNorm,
             k_layernorm=RMSNorm,
         ),
@@ -214,7 +220,7 @@ def decoder_specs(
             input_layernorm=RMSNorm if has_window else IdentityOp,
             self_attention=attention if has_window else IdentityOp,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mlp_spec(experts if model.uses_experts(index) else None, tiles),
+            mlp=mlp_spec(experts if model.uses_experts(index) else None, tiles, column, row),
         )
         params = {
             "model": model,

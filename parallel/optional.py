@@ -29,6 +29,8 @@ class ComputeConfig:
     loss: full (all logits at once) | chunked (logits of loss_chunk tokens at a time, computed again in backward) |
     deepspeed (DeepSpeed's vocabulary-parallel linear cross entropy, the same idea in one operator).
     tiled_mlp: parts of the sequence in which dense MLPs run, by DeepSpeed's TiledMLP; 1 is not tiled.
+    fp8_format: hybrid (e4m3 forward, e5m2 for gradients) | e4m3. fp8_scaling: tensorwise (by the tensor's own largest
+    number) | delayed (by the largest of earlier steps). Both for precision: fp8 alone, see ``parallel.precision``.
     cuda_graph: forward and backward pass of a step are one CUDA graph, recorded anew in every stage: for small models,
     which wait for the host otherwise. On one GPU, without experts; elsewhere it changes nothing.
     """
@@ -39,6 +41,8 @@ class ComputeConfig:
     loss: str = "full"
     loss_chunk: int = 1024
     tiled_mlp: int = 1
+    fp8_format: str = "hybrid"
+    fp8_scaling: str = "tensorwise"
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
@@ -53,8 +57,9 @@ class ComputeConfig:
             for name in ("grouped_experts", "gradient_accumulation_fusion", "fused_optimizer")
             if getattr(self, name) not in CHOICES
         ]
-        if self.loss not in LOSSES:
-            found.append(f"compute.loss: {self.loss!r} is none of {', '.join(LOSSES)}")
+        for name, known in (("loss", LOSSES), ("fp8_format", FP8_FORMATS), ("fp8_scaling", FP8_SCALINGS)):
+            if getattr(self, name) not in known:
+                found.append(f"compute.{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
         for name in ("loss_chunk", "tiled_mlp"):
             if getattr(self, name) < 1:
                 found.append(f"compute.{name}: must be at least 1, is {getattr(self, name)}")
@@ -62,6 +67,8 @@ class ComputeConfig:
 
 
 LOSSES = ("full", "chunked", "deepspeed")
+FP8_FORMATS = ("hybrid", "e4m3")
+FP8_SCALINGS = ("tensorwise", "delayed")
 
 
 @dataclass(frozen=True)

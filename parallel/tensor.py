@@ -116,6 +116,9 @@ def mark_parameters(model: nn.Module) -> None:
             _mark_split(weight, 0, module.tp_group.size())
         elif isinstance(module, RowParallelLinear):
             _mark_split(weight, 1, module.tp_group.size())
+        elif (mode := getattr(module, "parallel_mode", None)) in ("column", "row"):  # Transformer Engine's
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            _mark_split(weight, 0 if mode == "column" else 1, size)
     for name, parameter in model.named_parameters():
         if any(part in f".{name}" for part in _HEAD_NORMS):
             _mark_partial(parameter)

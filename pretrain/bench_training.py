@@ -20,10 +20,9 @@ import torch
 
 from data_pipeline.batch import PackedBatch
 from parallel import mesh
-from parallel.optional import check_compute
 from pretrain.errors import RecipeError
 from pretrain.recipe import Recipe, StageConfig, effective_micro_batch, load_recipe
-from pretrain.topology import check_stage
+from pretrain.topology import check_machine, check_stage
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +70,7 @@ def step(args: argparse.Namespace) -> int:
         if recipe.parallel != recipes[0].parallel or recipe.device != recipes[0].device:
             raise RecipeError(f"--against {name}: variants share one layout and device; start another run for it")
         check_stage(recipe, stage, mesh.launched_world_size())
-        check_compute(recipe.compute, on_gpu=mesh.resolve_device(recipe.device).type == "cuda")
+        check_machine(recipe)
     device = mesh.initialize(recipes[0].parallel, recipes[0].device, seed=recipes[0].seed)
     try:
         variants = [_Variant(recipe, stage, device) for recipe, stage in zip(recipes, stages, strict=True)]

@@ -25,7 +25,8 @@ _PEAK_TFLOPS: tuple[tuple[str, tuple[float, float, float]], ...] = (
 
 
 def peak_flops(device: torch.device | str, precision: str) -> float | None:
-    """Peak FLOP/s of one device for matrix products in ``precision`` (``bf16`` or ``fp32``).
+    """Peak FLOP/s of one device for matrix products in ``precision`` (``bf16`` or ``fp32``; that of ``fp8`` is taken
+    as bf16's, whose products it still has).
 
     fp32 counts TF32 tensor cores when torch may use them. ``None`` on a CPU and for a GPU that is not in the table: no
     MFU is better than a wrong one.
@@ -39,7 +40,7 @@ def peak_flops(device: torch.device | str, precision: str) -> float | None:
 
 def peak_flops_by_name(name: str, precision: str, *, tf32: bool = False) -> float | None:
     """``peak_flops`` of a GPU by its marketing name, e.g. ``NVIDIA H100 80GB HBM3``."""
-    column = {"bf16": 0, "fp32": 1 if tf32 else 2}[precision]
+    column = {"bf16": 0, "fp8": 0, "fp32": 1 if tf32 else 2}[precision]
     words = name.replace("-", " ").split()
     for known, peaks in _PEAK_TFLOPS:
         if all(part in words for part in known.split()):

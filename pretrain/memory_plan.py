@@ -90,7 +90,7 @@ def held_parameters(model: ModelConfig, parallel: ParallelConfig, rank: int, rea
 def state_bytes(held: Held, recipe: Recipe, gpus: int) -> dict[str, int]:
     """Weights, gradients, optimizer state of a rank in bytes. Buffers' padding (kilobytes) is left out."""
     parallel, optimizer = recipe.parallel, recipe.optimizer
-    bf16 = recipe.precision == "bf16"
+    bf16 = recipe.stored_precision == "bf16"
     master = 4 if bf16 else 0
     data = max(1, gpus // (parallel.tensor * parallel.pipeline))  # context ranks hold the same parameters
     expert_data = max(1, gpus // (parallel.expert * parallel.pipeline))
@@ -234,7 +234,7 @@ def memory_per_gpu(recipe: Recipe, stage: StageConfig, gpus: int) -> dict[str, f
     away = parallel.context > 1
     shape = Shape(
         tokens=micro * local,
-        width=2 if recipe.precision == "bf16" else 4,
+        width=2 if recipe.stored_precision == "bf16" else 4,
         tensor=parallel.tensor,
         sequence=parallel.uses_sequence,
         top_k=min(chunks, stage.top_k or chunks),

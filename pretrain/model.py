@@ -33,6 +33,7 @@ from parallel.mesh import ParallelConfig
 from parallel.model_config import ModelConfig
 from parallel.optional import ComputeConfig, use_fused_gradients
 from parallel.pipeline import Reach, stage_layout
+from parallel.precision import fp8_settings
 from parallel.tensor import mark_parameters, shard_of, whole_sequence, whole_shape
 
 
@@ -41,13 +42,14 @@ def transformer_config(
     *,
     parallel: ParallelConfig | None = None,
     bf16: bool = False,
+    fp8: bool = False,
     recompute: str = "none",
     deterministic: bool = False,
     compute: ComputeConfig | None = None,
     reach: Reach | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration for `model`. recompute: none | selective (attention only) | full (whole layers); reach:
-    what pipeline stages are cut by.
+    """Megatron's configuration for `model`. fp8: the decoder's products, in a bf16 model. recompute: none | selective
+    (attention only) | full (whole layers); reach: what pipeline stages are cut by.
     """
     parallel = parallel or ParallelConfig()
     compute = compute or ComputeConfig()
@@ -124,6 +126,7 @@ def transformer_config(
         sequence_parallel=parallel.uses_sequence,
         **{**moe, **stages},
         **checkpointing,
+        **(fp8_settings(compute) if fp8 else {}),
     )
 
 
@@ -178,6 +181,7 @@ class HSAModel(LanguageModule):
                 self.schedule,
                 experts=experts_spec(model, config.params_dtype, self.compute.grouped_experts),
                 tiles=self.compute.tiled_mlp,
+                fp8=bool(config.fp8),
                 first=self.first_layer,
                 count=layers,
             ),
@@ -295,6 +299,7 @@ def build_chunks(
     seed: int,
     parallel: ParallelConfig,
     bf16: bool = False,
+    fp8: bool = False,
     recompute: str = "none",
     deterministic: bool = False,
     compute: ComputeConfig | None = None,
@@ -308,6 +313,7 @@ def build_chunks(
         model,
         parallel=parallel,
         bf16=bf16,
+        fp8=fp8,
         recompute=recompute,
         deterministic=deterministic,
         compute=compute,

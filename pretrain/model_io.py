@@ -71,7 +71,7 @@ def load_for_inference(checkpoint: str | Path, *, device: str = "auto", override
         recipe.model,
         max_length=max(stage.context for stage in recipe.stages),
         seed=recipe.seed,
-        bf16=recipe.precision == "bf16",
+        bf16=recipe.stored_precision == "bf16",
         device=resolved,
     )
     extra = load_checkpoint(step_dir, [model], None)

@@ -74,7 +74,7 @@ def plan(recipe: Recipe, *, gpus: int, mfu: float, peak_tflops: float) -> dict[s
                 "memory_bytes": memory_per_gpu(recipe, stage, gpus),
             }
         )
-    weights = 2 if recipe.precision == "bf16" else 4
+    weights = 2 if recipe.stored_precision == "bf16" else 4
     return {
         "parameters": {"total": counts.total, "active": counts.active},
         "parameters_without_embedding": {

@@ -102,7 +102,7 @@ class Recipe:
 
     name: str = "???"
     seed: int = 0
-    precision: str = "bf16"  # bf16 | fp32
+    precision: str = "bf16"  # bf16 | fp32 | fp8 (bf16 but for the decoder's products: Transformer Engine)
     device: str = "auto"  # auto | cpu | cuda
     deterministic: bool | None = None  # null: on CPU
     max_steps: int | None = None
@@ -118,6 +118,11 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    @property
+    def stored_precision(self) -> str:
+        """What parameters and activations are held in: bf16 | fp32."""
+        return "bf16" if self.precision == "fp8" else self.precision
 
     def stage_batch(self, stage: StageConfig) -> int:
         """Sequences per step of this stage, over all ranks."""
@@ -352,10 +357,11 @@ def check(recipe: Recipe) -> tuple[list[str], list[str]]:
         if value not in choices:
             errors.append(f"{label}: {value!r} is none of {', '.join(choices)}")
 
-    if recipe.precision == "fp8":
-        errors.append("precision: fp8 needs layers of Transformer Engine, which are not built in; use bf16")
-    else:
-        one_of("precision", recipe.precision, ("bf16", "fp32"))
+    one_of("precision", recipe.precision, ("bf16", "fp32", "fp8"))
+    if recipe.precision == "fp8":  # both run MLPs outside of Megatron's FP8 context, or its scales would be frozen
+        for key, off in (("tiled_mlp", 1), ("cuda_graph", False)):
+            if getattr(recipe.compute, key) != off:
+                errors.append(f"compute.{key}: cannot be used with precision: fp8, leave it out or use bf16")
     one_of("device", recipe.device, ("auto", "cpu", "cuda"))
     one_of("recompute", recipe.recompute, ("none", "selective", "full"))
     if recipe.max_steps is not None and recipe.max_steps < 0:

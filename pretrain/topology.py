@@ -4,8 +4,10 @@ pipeline stages are cut by.
 
 from __future__ import annotations
 
-from parallel.mesh import check_micro_batches, check_topology
+from parallel.mesh import check_micro_batches, check_topology, resolve_device
+from parallel.optional import check_compute
 from parallel.pipeline import Reach
+from parallel.precision import check_fp8, check_fp8_sizes
 from pretrain.recipe import Recipe, StageConfig, effective_micro_batch
 
 
@@ -30,9 +32,21 @@ def check_stage(recipe: Recipe, stage: StageConfig, world_size: int, where: str 
         )
         micro_batch = effective_micro_batch(recipe, stage, data_parallel)
         check_micro_batches(recipe.parallel, batch // data_parallel // micro_batch)
+        if recipe.precision == "fp8":
+            check_fp8_sizes(model, recipe.parallel, context=stage.context, micro_batch=micro_batch)
     except ValueError as error:
         where = where or f"{world_size} rank{'s' if world_size > 1 else ''}"
         raise type(error)(f'stage "{stage.name}" on {where}: {error}') from error
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Refuse what this machine's packages or GPU cannot do: OptionalPartError; TopologyError where there is no such
+    GPU. Nothing is started.
+    """
+    device = resolve_device(recipe.device)
+    check_compute(recipe.compute, on_gpu=device.type == "cuda")
+    if recipe.precision == "fp8":
+        check_fp8(recipe.compute, device)
 
 
 def reach_of(recipe: Recipe) -> Reach:

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.mesh import launched_rank, launched_world_size, resolve_device
-from parallel.optional import check_compute, describe, describe_use
+from parallel.mesh import launched_rank, launched_world_size
+from parallel.optional import describe, describe_use
 from pretrain.errors import RecipeError
 from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_batch, load_recipe
 from pretrain.run_dir import RunDir, check_resume
 from pretrain.signals import StopRequest
 from pretrain.stages import Position, StageController
-from pretrain.topology import check_stage
+from pretrain.topology import check_machine, check_stage
 
 MAX_SKIPPED_UPDATES = 10
 REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped cleanly, wants to be started again
@@ -86,9 +86,9 @@ def check_input(recipe: Recipe, world_size: int) -> None:
     from data_pipeline.lanes import open_stream
     from data_pipeline.tokenizer import load_tokenizer
 
+    check_machine(recipe)
     for stage in recipe.stages:
         check_stage(recipe, stage, world_size)
-    check_compute(recipe.compute, on_gpu=resolve_device(recipe.device).type == "cuda")
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise RecipeError(

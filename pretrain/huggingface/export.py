@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         "step": loaded.step,
         "stage": loaded.stage.name,
         "context": loaded.stage.context,
-        "precision": loaded.recipe.precision,
+        "precision": loaded.recipe.stored_precision,
     }
     export_model(
         loaded.model,

@@ -191,7 +191,7 @@ def write_run(out: Path, loaded: LoadedRecipe, fill: Any, tokenizer: Path | None
             recipe.model,
             max_length=max(stage.context for stage in recipe.stages),
             seed=recipe.seed,
-            bf16=recipe.precision == "bf16",
+            bf16=recipe.stored_precision == "bf16",
             device=device,
         )
         fill(built)

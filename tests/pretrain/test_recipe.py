@@ -40,7 +40,7 @@ def test_overrides_by_index_and_by_name():
         ("stages[1].data.mix=web", ["no mix 'web'", "long"]),
         ("optimizer.lr=fast", ["optimizer.lr"]),
         ("optimizer.name=sgd", ["sgd", "muon"]),
-        ("precision=fp8", ["precision", "fp8"]),
+        ("precision=fp16", ["precision", "fp16", "fp8"]),
         ("model.swa_kv_heads=3", ["model.swa_kv_heads", "num_heads"]),
         ("model.retrieval_heads=3", ["model.retrieval_heads"]),
         ("checkpoint.keep_last=0", ["checkpoint.keep_last"]),
