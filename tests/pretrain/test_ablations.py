@@ -13,6 +13,7 @@ from pretrain.inference import InferenceEngine
 from pretrain.model import build_model
 from pretrain.recipe import load_recipe
 from pretrain.shared_prompt import SharedPrompt
+from tests.conftest import losses
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=2, upper_layers=3, hsa_layers=2, num_heads=4,
@@ -175,6 +176,16 @@ def test_noise_is_gumbel_and_reaches_no_score(monkeypatch):
     model(draw(4, 256))
     noise = torch.cat([part.flatten() for part in drawn]) / 2.0  # 131,072 draws
     assert abs(noise.mean() - 0.5772) < 0.02 and abs(noise.std() - np.pi / 6**0.5) < 0.02
+
+
+@pytest.mark.slow
+def test_a_resumed_experiment_changes_no_bit(tiny_recipe, hsa, tmp_path):
+    options = ["model.ablations.selection_noise=1.0", "model.ablations.recency_decay=true", "stages.first.top_k=2"]
+    for run_dir, stops in ((tmp_path / "unbroken", [[]]), (tmp_path / "broken", [["max_steps=5"], []])):
+        for stop in stops:  # the noise of a step is drawn from where the last one stopped
+            done = hsa("train", tiny_recipe, *options, *stop, "--run-dir", run_dir)
+            assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
 
 
 def test_what_experiments_do_not_run_with():
