@@ -79,16 +79,12 @@ def main(args: argparse.Namespace) -> int:
     failed: list[str] = []
     if not args.table:
         for variant in chosen:
-            if failed and variant.of in failed:
-                status: int | None = 1
-            else:
-                status = run_variant(study, variant, folder)
+            status = run_variant(study, variant, folder)
             if status == STOPPED:
                 print(f"hsa: study {study.name} stopped in {variant.name}; the same command goes on", flush=True)
                 return STOPPED
             if status:
                 failed.append(variant.name)
-                print(f"hsa: study {study.name}: {variant.name} failed, see {_log(folder, variant)}", flush=True)
     rows = collect(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "study.json", {"study": study.name, "base": study.base, "variants": rows})
@@ -169,11 +165,21 @@ def _finished(run: Path) -> bool:
 
 
 def _hsa(words: Sequence[object], folder: Path, variant: Variant) -> int:
-    """One `hsa` command, its output behind the variant's log."""
+    """One `hsa` command, its output at the end of the variant's log; its exit status, STOPPED after an interrupt."""
     command = [sys.executable, "-m", "pretrain", *map(str, words)]
     print(f"{variant.name}: hsa {shlex.join(command[3:])}", flush=True)
-    with _log(folder, variant).open("a") as log:
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    with (
+        _log(folder, variant).open("a") as log,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as child,
+    ):
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:  # the terminal has told the command as well, which saves what it has
+            child.wait()
+            return STOPPED
+    if status not in (0, STOPPED):
+        print(f"{variant.name}: failed with status {status}, see {_log(folder, variant)}", flush=True)
+    return status
 
 
 # ------------------------------------------------------------------------------------------------------------------
