@@ -33,7 +33,7 @@ STOPPED = 75  # what `hsa train` leaves with when it was asked to stop
 @dataclass
 class Variant:
     """One row of the table. overrides: of the base recipe. of: instead of training, evaluate what that variant has
-    trained. evaluate: options added to every needle evaluation's command line (not to those of ``ppl``).
+    trained. evaluate: options added to every evaluation's command line.
     """
 
     name: str = "???"
@@ -150,9 +150,7 @@ def run_variant(study: Study, variant: Variant, folder: Path) -> int:
             return status
     for name, words in study.evaluations.items():
         if not (folder / variant.name / "eval" / f"{name}.json").is_file():
-            command = [word.format(run=run) for word in shlex.split(words)]
-            if command[0] != "ppl":
-                command += shlex.split(variant.evaluate)
+            command = [word.format(run=run) for word in shlex.split(words)] + shlex.split(variant.evaluate)
             target = ["--out", folder / variant.name / "eval", "--name", name]
             if status := _hsa(["eval", *command, *target], folder, variant):
                 return status
@@ -168,10 +166,8 @@ def _hsa(words: Sequence[object], folder: Path, variant: Variant) -> int:
     """One `hsa` command, its output at the end of the variant's log; its exit status, STOPPED after an interrupt."""
     command = [sys.executable, "-m", "pretrain", *map(str, words)]
     print(f"{variant.name}: hsa {shlex.join(command[3:])}", flush=True)
-    with (
-        _log(folder, variant).open("a") as log,
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as child,
-    ):
+    with _log(folder, variant).open("a") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             status = child.wait()
         except KeyboardInterrupt:  # the terminal has told the command as well, which saves what it has
