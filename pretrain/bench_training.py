@@ -241,6 +241,7 @@ def checkpoint(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides).recipe
     if args.dir is not None and not args.dir.is_dir():
         raise RecipeError(f"--dir {args.dir}: there is no such directory")
+    check_machine(recipe)
     check_stage(recipe, recipe.stages[0], mesh.launched_world_size())
     device = mesh.initialize(recipe.parallel, recipe.device, seed=recipe.seed)
     try:
