@@ -224,12 +224,17 @@ def table(rows: list[dict[str, Any]], evaluations: Sequence[str]) -> str:
         for row in rows:
             for task, cells in row.get(name, {}).items():
                 columns.update(dict.fromkeys((name, task, length) for length in cells))
-    head = ["variant", *(f"{name} {task} {format_length(int(length))}" for name, task, length in columns), "tokens/s"]
+    head = [
+        "variant",
+        "what",
+        *(f"{name} {task} {format_length(int(length))}" for name, task, length in columns),
+        "tokens/s",
+    ]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         cells = [_cell(row.get(name, {}).get(task, {}).get(length)) for name, task, length in columns]
         speed = row.get("tokens_per_second")
-        lines.append([row["name"], *cells, f"{speed:,.0f}" if speed else ""])
+        lines.append([row["name"], row["about"], *cells, f"{speed:,.0f}" if speed else ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -61,16 +61,22 @@ def test_the_table_leaves_open_what_is_not_measured():
     cell = {"n": 20, "correct": 15, "accuracy": 0.75, "low": 0.531, "high": 0.888}
     loss = {"loss": {"512": {"nll": 3.25, "low": 3.2, "high": 3.3}}}
     rows = [
-        {"name": "a", "tokens_per_second": 8250.4, "needles": {"niah_single": {"512": cell}}, "text": loss},
-        {"name": "b", "needles": {"niah_single": {"32768": cell}}},
-        {"name": "c"},
+        {
+            "name": "a",
+            "about": "as it is",
+            "tokens_per_second": 8250.4,
+            "needles": {"niah_single": {"512": cell}},
+            "text": loss,
+        },
+        {"name": "b", "about": "", "needles": {"niah_single": {"32768": cell}}},
+        {"name": "c", "about": ""},
     ]
     assert table(rows, ["needles", "text"]).splitlines() == [
-        "| variant | needles niah_single 512 | needles niah_single 32k | text loss 512 | tokens/s |",
-        "| --- | --- | --- | --- | --- |",
-        "| a | 75 [53-89] |  | 3.250 ± 0.050 | 8,250 |",
-        "| b |  | 75 [53-89] |  |  |",
-        "| c |  |  |  |  |",
+        "| variant | what | needles niah_single 512 | needles niah_single 32k | text loss 512 | tokens/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| a | as it is | 75 [53-89] |  | 3.250 ± 0.050 | 8,250 |",
+        "| b |  |  | 75 [53-89] |  |  |",
+        "| c |  |  |  |  |  |",
     ]
 
 
@@ -95,7 +101,7 @@ def test_end_to_end(hsa, tmp_path, tiny_recipe):
         assert 0 < rows[name]["text"]["loss"]["128"]["nll"] < 7 and rows[name]["tokens_per_second"] > 0
     assert json.loads((out / "wide" / "eval" / "needles.json").read_text())["model"]["settings"] == {"top_k": 8}
     assert not rows["broken"]["trained"] and not rows["later"]["trained"]
-    assert "| plain | " in (out / "study.md").read_text() and "| later |  |  |  |" in (out / "study.md").read_text()
+    assert "| plain | " in (out / "study.md").read_text() and "| later |  |  |  |  |" in (out / "study.md").read_text()
     again = hsa("study", path, "--out", out, "--only", "plain", "wide")
     assert again.returncode == 0 and "hsa train" not in again.stdout and "hsa eval" not in again.stdout
     collected = hsa("study", path, "--out", out, "--table")
