@@ -145,7 +145,7 @@ class TrainStep:
         weights = micro["loss_weights"]
         weighted = (losses * weights).sum()
         with torch.no_grad():
-            positions = local_slice(document_positions(micro["documents"]), self.context)
+            positions = local_slice(document_positions(micro["documents"]), self.context).contiguous()
             self._sums.add(weighted, losses, weights, micro["domains"], positions)
         return weighted, (weights > 0).sum().to(torch.int), {}
 
