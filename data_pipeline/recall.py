@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.grammar import wide_keys, wide_values, wide_wording
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.wordings import Facts, variable_facts, wide_keys, wide_values, wide_wording
+from data_pipeline.wordings import Facts, variable_facts
 
 _FACT_TOKENS = 96  # at most one fact per so many tokens
 _LIST_TOKENS = 40  # and this in a list

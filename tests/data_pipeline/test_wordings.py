@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 
-from data_pipeline import wordings
+from data_pipeline import grammar, wordings
+from data_pipeline.grammar import HELD_OUT_DIGITS, wide_values
 from data_pipeline.synthetic import SampleTooShort, build_sample, needle_haystack
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.wordings import HELD_OUT_DIGITS, held_out_value, wide_values
+from data_pipeline.wordings import held_out_value
 
 
 def frame(text: str) -> str:
@@ -22,26 +23,43 @@ def frame(text: str) -> str:
 def test_evaluation_shares_no_wording_with_training() -> None:
     held_out = wordings._NUMBERS["eval"][0]
     trained = {
-        "needle": {frame(t) for t in wordings.WIDE_NEEDLES},
-        "question": {frame(t) for t in wordings.WIDE_QUESTIONS},
-        "questions": {frame(t) for t in wordings.WIDE_SEVERAL},
+        "needle": {frame(t) for t in grammar.WIDE_NEEDLES},
+        "question": {frame(t) for t in grammar.WIDE_QUESTIONS},
+        "questions": {frame(t) for t in grammar.WIDE_SEVERAL},
     }
     for wording in (*wordings._NUMBERS["train"],):
         assert wording.needle != held_out.needle
     for part, frames in trained.items():
         assert frame(getattr(held_out, part)) not in frames, part
-    assert not any("special" in noun for noun in wordings.WIDE_NOUNS)
+    assert not any("special" in noun for noun in grammar.WIDE_NOUNS)
     first, then, question = wordings._VARIABLES["eval"][0]
-    for a, b in wordings.WIDE_VARIABLES:
+    for a, b in grammar.WIDE_VARIABLES:
         assert frame(a) != frame(first) and frame(b) != frame(then)
         assert "VAR" not in a + b
-    assert frame(question) not in {frame(t) for t in wordings.WIDE_CHAINS}
+    assert frame(question) not in {frame(t) for t in grammar.WIDE_CHAINS}
+
+
+def test_no_wording_that_can_be_drawn_is_one_of_evaluation() -> None:
+    held_out = wordings._NUMBERS["eval"][0]
+    first, then, question = wordings._VARIABLES["eval"][0]
+    held_out_frames = {
+        frame(t) for t in (held_out.needle, held_out.question, held_out.questions, first, then, question)
+    }
+    held_out_words = re.compile(r"\bspecial\b|\bVAR\b|\bvariables\b|\bassigned\b|\bOne of\b|\bFind all\b")
+    rng = np.random.default_rng(3)
+    seen = set()
+    for _ in range(4000):
+        for text in (*grammar.wide_wording(rng), *grammar.wide_variables(rng)):
+            assert not held_out_words.search(text), text
+            assert frame(text) not in held_out_frames, text
+            seen.add(text)
+    assert len(seen) > 10000  # most draws are new
 
 
 def test_kinds_of_values_that_evaluation_asks_for_are_never_trained() -> None:
     rng = np.random.default_rng(0)
     number = re.compile(rf"\d{{{HELD_OUT_DIGITS}}}")
-    uuid = re.compile("-".join(f"[0-9a-f]{{{n}}}" for n in wordings.UUID))
+    uuid = re.compile("-".join(f"[0-9a-f]{{{n}}}" for n in grammar.UUID))
     hyphened = re.compile(r"[a-z]+-[a-z]+")
     for value in [v for _ in range(4000) for v in wide_values(rng, 2)]:
         assert not number.fullmatch(value) and not uuid.fullmatch(value)

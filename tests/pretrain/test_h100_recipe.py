@@ -58,11 +58,11 @@ def test_its_stages_and_its_evaluation_at_toy_size(tmp_path):
     model |= dict(retrieval_heads=1, retrieval_dim=16, encoder_ffn_hidden_size=48, lower_layers=1, upper_layers=2)
     overrides = [f"model.{key}={value}" for key, value in model.items()]
     overrides += ["precision=fp32", "tracking.mlflow.uri=none", "data.readers=2", "model.hsa_layers=1"]
-    lengths = {"warmup-1k": 256, "warmup-2k": 256, "warmup-4k": 512, "pretrain": 512, "long": 1024}
+    lengths = {"warmup-1k": 512, "warmup-2k": 512, "warmup-4k": 512, "pretrain": 512, "long": 1024}
     for name, context in lengths.items():
         overrides += [f"stages.{name}.{key}={value}" for key, value in (("context", context), ("batch", 4))]
         overrides += [f"stages.{name}.window=64", f"stages.{name}.until.tokens={4 * context}"]
-    overrides += ["stages.pretrain.data.synthetic={min_length: 256}", "stages.long.data.synthetic={min_length: 256}"]
+    overrides += ["stages.pretrain.data.synthetic={min_length: 320}", "stages.long.data.synthetic={min_length: 320}"]
     run = tmp_path / "run"
     hsa("train", "h100-16m", "--run-dir", run, "--until-stage", "warmup-2k", *overrides)
     hsa("train", "h100-16m", "--run-dir", run, *overrides)
