@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 
+from parallel import multi_tensor
 from parallel.optional import find_apex, find_transformer_engine
 
 CPU_SHIM: bool = not torch.cuda.is_available()
@@ -314,30 +315,16 @@ def _repair_router_gating() -> None:
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 
 
-def _l2_norm(_: int, __: Any, lists: list[list[torch.Tensor]], *___: Any) -> tuple[torch.Tensor, None]:
-    """Norm of all tensors together, (1,) float32."""
-    norms = torch._foreach_norm([tensor for tensors in lists for tensor in tensors])
-    return torch.linalg.vector_norm(torch.stack(list(norms))).float().reshape(1), None
-
-
-def _scale(_: int, __: Any, lists: list[list[torch.Tensor]], factor: float) -> None:
-    """Tensors of the second list = factor * those of the first, which may be the same."""
-    sources, targets = lists
-    if not sources:
-        return
-    if all(a is b for a, b in zip(sources, targets, strict=True)):
-        torch._foreach_mul_(targets, factor)
-    else:
-        torch._foreach_copy_(targets, sources if factor == 1.0 else list(torch._foreach_mul(sources, factor)))
-
-
 def _repair_multi_tensor() -> None:
     """Megatron's stand-ins for apex's multi-tensor kernels go tensor by tensor and fetch every norm to the host: a
     third of a small model's update. torch has them in a few launches.
     """
     for name in ("clip_grads", "optimizer"):
         module = sys.modules[f"megatron.core.optimizer.{name}"]
-        for attribute, ours in (("l2_norm_impl", _l2_norm), ("multi_tensor_scale_impl", _scale)):
+        for attribute, ours in (
+            ("l2_norm_impl", multi_tensor.l2_norm),
+            ("multi_tensor_scale_impl", multi_tensor.scale),
+        ):
             theirs = getattr(module, attribute, None)
             if getattr(theirs, "__module__", "") == "megatron.core.utils":
                 setattr(module, attribute, ours)
