@@ -327,7 +327,7 @@ def _repair_multi_tensor() -> None:
         ):
             theirs = getattr(module, attribute, None)
             if getattr(theirs, "__module__", "") == "megatron.core.utils":
-                setattr(module, attribute, ours)
+                setattr(module, attribute, function)
 
 
 def init_adam_state(optimizer: torch.optim.Optimizer) -> None:
