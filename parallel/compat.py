@@ -319,12 +319,10 @@ def _repair_multi_tensor() -> None:
     """Megatron's stand-ins for apex's multi-tensor kernels go tensor by tensor and fetch every norm to the host: a
     third of a small model's update. torch has them in a few launches.
     """
+    ours = {"l2_norm_impl": multi_tensor.l2_norm, "multi_tensor_scale_impl": multi_tensor.scale}
     for name in ("clip_grads", "optimizer"):
         module = sys.modules[f"megatron.core.optimizer.{name}"]
-        for attribute, ours in (
-            ("l2_norm_impl", multi_tensor.l2_norm),
-            ("multi_tensor_scale_impl", multi_tensor.scale),
-        ):
+        for attribute, function in ours.items():
             theirs = getattr(module, attribute, None)
             if getattr(theirs, "__module__", "") == "megatron.core.utils":
                 setattr(module, attribute, function)
