@@ -211,7 +211,7 @@ def decoder_specs(
         ),
     )
     kinds = model.layer_kinds()
-    first_hsa = next(i for i, kind in enumerate(kinds) if "hsa" in kind)
+    first_hsa = model.first_hsa_layer
     end = len(kinds) if count is None else first + count
     layers = []
     for index, kind in list(enumerate(kinds))[first:end]:

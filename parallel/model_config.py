@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 class Ablations:
     """What the method leaves out or does otherwise, for experiments only (docs/study.md). The defaults are the method.
 
-    bypass: HSA's output feeds the MLP only; false: it enters the residual stream as well. hsa_rope: rotary positions,
-    absolute, on HSA's queries and on the memory's keys. recency_decay: a learned scalar per HSA layer lowers the
-    weights of chosen chunks, place by place from the newest (the authors' code; the choice itself stays as it is).
-    selection_noise: scale of Gumbel noise on the scores that choose chunks, in training.
+    hsa: false: the same decoder without HSA layers and chunk encoder, plain causal attention where windows cover the
+    context; a baseline. bypass: HSA's output feeds the MLP only; false: it enters the residual stream as well.
+    hsa_rope: rotary positions, absolute, on HSA's queries and on the memory's keys. recency_decay: a learned scalar per
+    HSA layer lowers the weights of chosen chunks, place by place from the newest (the authors' code; the choice itself
+    stays as it is). selection_noise: scale of Gumbel noise on the scores that choose chunks, in training.
     """
 
+    hsa: bool = True
     bypass: bool = True
     hsa_rope: bool = False
     recency_decay: bool = False
@@ -69,7 +71,13 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         """Decoder layers, HSA layers included, chunk encoder not."""
-        return self.lower_layers + self.upper_layers + (0 if self.swa_in_hsa else self.hsa_layers)
+        extra = self.ablations.hsa and not self.swa_in_hsa
+        return self.lower_layers + self.upper_layers + (self.hsa_layers if extra else 0)
+
+    @property
+    def first_hsa_layer(self) -> int:
+        """Index of the decoder layer that owns the chunk encoder; `num_layers` without HSA."""
+        return next((i for i, kind in enumerate(self.layer_kinds()) if "hsa" in kind), self.num_layers)
 
     def shared_heads(self) -> dict[str, int]:
         """Heads that serve several query heads each, by field name."""
@@ -84,6 +92,8 @@ class ModelConfig:
 
     def layer_kinds(self) -> list[str]:
         """One of "swa", "hsa" (HSA alone) or "swa+hsa" for every decoder layer, bottom to top."""
+        if not self.ablations.hsa:
+            return ["swa"] * self.num_layers
         kinds = ["swa"] * self.lower_layers
         starts = {group * self.upper_layers // self.hsa_layers for group in range(self.hsa_layers)}
         for index in range(self.upper_layers):
@@ -136,6 +146,11 @@ class ModelConfig:
             found.append(f"model.router_z_loss: must not be negative, is {self.router_z_loss}")
         if self.head_dim % 2:
             found.append(f"model.head_dim: must be even for rotary embeddings, is {self.head_dim}")
+        others = [name for name in self.ablations.named() if name != "hsa"]
+        if others and not self.ablations.hsa:
+            found.append(
+                f"model.ablations.{others[0]}: changes HSA, which model.ablations.hsa: false leaves out; set either"
+            )
         if self.ablations.selection_noise < 0:
             found.append(f"model.ablations.selection_noise: must not be negative, is {self.ablations.selection_noise}")
         return found
@@ -175,9 +190,9 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         active += attention + (moe_active if model.uses_experts(layer) else dense)
     encoder_layer = 4 * h * query + 2 * d + 3 * h * model.encoder_ffn_hidden_size + 2 * h
     memory = 2 * h * model.hsa_kv_heads * d + d + h * model.retrieval_dim + model.retrieval_dim // model.retrieval_heads
-    encoder = (
-        h + model.encoder_layers * encoder_layer + h + memory
-    )  # [CLS], layers, final norm, projections to the memory
+    encoder = 0
+    if model.ablations.hsa:  # [CLS], layers, final norm, projections to the memory
+        encoder = h + model.encoder_layers * encoder_layer + h + memory
     embedding = model.vocab_size * h * (1 if model.tied_embeddings else 2)
     rest = encoder + h + embedding  # final norm
     return ParameterCount(total=total + rest, embedding=embedding, active=active + rest)

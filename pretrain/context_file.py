@@ -55,8 +55,7 @@ def save_context(
     from safetensors.torch import save_file
 
     readings = engine.readings()
-    size = engine.model.model.chunk_size
-    chunks = max(reading.position // size for reading in readings)
+    chunks = max(engine.chunks(reading.position) for reading in readings)
     tensors = {f"memory.{name}": x for name, x in engine.store.tensors(chunks).items()}
     tensors |= {"logits": logits, "seen": seen}
     for i, reading in enumerate(readings):

@@ -46,7 +46,7 @@ class DecodeStep:
     ) -> None:
         self.model, self.store, self.top_k = model, store, top_k
         self.layers: list[DecoderLayer] = list(model.decoder.layers)
-        self.lower = next(i for i, layer in enumerate(self.layers) if layer.has_hsa)
+        self.lower = model.model.first_hsa_layer
         parameter = next(model.parameters())
         device, sizes = parameter.device, model.model
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)

@@ -4,7 +4,8 @@ Why a prompt costs linear time, exactly: docs/inference.md has the proof. HSA la
 is made from the lower decoder's output. The lower decoder is sliding-window attention, so it can be run segment by
 segment with the last `window - 1` keys and values of each layer. The upper decoder's windows reach back at most
 sum(window - 1) tokens in all, so for the next token only that last stretch of the prompt has to pass the upper decoder
-at all. `full_prefill` runs it over everything, for comparison.
+at all. `full_prefill` runs it over everything, for comparison. A model without HSA is all lower decoder and leaves the
+store empty.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class InferenceEngine:
         self.placement = memory or Placement()
         self.uses_graph = frozen and self.device.type == "cuda" and not self.placement.host
         layers = list(model.decoder.layers)
-        first_hsa = next(i for i, layer in enumerate(layers) if layer.has_hsa)
+        first_hsa = model.model.first_hsa_layer
         self.lower: list[DecoderLayer] = layers[:first_hsa]
         self.upper: list[DecoderLayer] = layers[first_hsa:]
         windows = [hsa_window if layer.has_hsa else window for layer in self.upper if layer.has_window]
@@ -108,6 +109,10 @@ class InferenceEngine:
         found = {row: reading.position for reading in self._readings for row in reading.rows}
         return [found[row] for row in sorted(found)]
 
+    def chunks(self, tokens: int) -> int:
+        """Chunks of the memory that so many tokens complete; 0 without HSA."""
+        return tokens // self.model.model.chunk_size if self.upper else 0
+
     @torch.no_grad()
     def prefill(self, tokens: Tensor, lengths: Sequence[int] | None = None, *, padded_left: bool = False) -> Tensor:
         """tokens (B, L) int64 -> logits (B, V) float32 of the token after them.
@@ -123,8 +128,7 @@ class InferenceEngine:
         if before and sum(len(reading.rows) for reading in before) != batch:
             raise ValueError(f"{len(self.positions)} sequences are being read, {batch} go on: reset first")
         readings = before or [Reading(tuple(range(batch)))]
-        size = self.model.model.chunk_size
-        chunks = max((reading.position + lengths[row]) // size for reading in readings for row in reading.rows)
+        chunks = max(self.chunks(reading.position + lengths[row]) for reading in readings for row in reading.rows)
         self._reserve(batch, chunks + 8 + chunks // 64, keep=bool(before))
         tokens = tokens.to(self.device)
         logits: dict[int, Tensor] = {}
@@ -148,11 +152,11 @@ class InferenceEngine:
             positions = self._positions
             assert positions is not None
             size = self.model.model.chunk_size
-            self._reserve(len(positions), max((position + 1) // size for position in positions), keep=True)
+            self._reserve(len(positions), self.chunks(max(positions) + 1), keep=True)
             logits = step.run(tokens.to(self.device), graph=self.uses_graph).clone()
             positions[:] = [position + 1 for position in positions]
             full = [row for row, position in enumerate(positions) if position % size == 0]
-            if full:
+            if full and self.upper:
                 numbers = torch.tensor([[positions[row] // size - 1] for row in full], device=self.device)
                 chunks = self._encode(step.pending[full].transpose(0, 1), numbers)
                 for i, row in enumerate(full):
@@ -174,7 +178,7 @@ class InferenceEngine:
         losses, likeliest = [], []
         tokens = tokens.to(self.device)
         reading = Reading(tuple(range(tokens.shape[0])))
-        self._reserve(tokens.shape[0], tokens.shape[1] // self.model.model.chunk_size, keep=False)
+        self._reserve(tokens.shape[0], self.chunks(tokens.shape[1]), keep=False)
         with self._evaluating():
             for start in range(0, tokens.shape[1] - 1, self.segment):
                 part = tokens[:, start : min(start + self.segment, tokens.shape[1] - 1)]
@@ -270,6 +274,8 @@ class InferenceEngine:
         """
         start = reading.position
         hidden, halos = self._layers(self.lower, self.model.embed(tokens), reading.halos, None, start)
+        if not self.upper:
+            return Reading(reading.rows, start + tokens.shape[1], halos), hidden
         pending = hidden if reading.pending is None else torch.cat((reading.pending, hidden))
         chunk = self.model.model.chunk_size
         complete = pending.shape[0] // chunk * chunk
@@ -285,7 +291,7 @@ class InferenceEngine:
         return encoder(hidden, numbers)
 
     def _upper(self, reading: Reading, hidden: Tensor, query_offset: int) -> tuple[Reading, Tensor]:
-        memory = self.store.view(reading.rows, reading.position // self.model.model.chunk_size)
+        memory = self.store.view(reading.rows, self.chunks(reading.position))
         hidden, halos = self._layers(self.upper, hidden, reading.halos, memory, query_offset)
         return replace(reading, halos=halos), hidden
 

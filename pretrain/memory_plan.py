@@ -48,7 +48,7 @@ def held_parameters(model: ModelConfig, parallel: ParallelConfig, rank: int, rea
     """
     h, d, tensor = model.hidden_size, model.head_dim, parallel.tensor
     query, kinds = model.num_heads * d, model.layer_kinds()
-    first_hsa = next(layer for layer, kind in enumerate(kinds) if "hsa" in kind)
+    first_hsa = model.first_hsa_layer
     held = Held()
 
     def shared_out(heads: int, size: int) -> int:
@@ -193,7 +193,7 @@ def layer_bytes(model: ModelConfig, shape: Shape, layer: int, recompute: str) ->
 
 def activation_bytes(model: ModelConfig, shape: Shape, layers: list[int], recompute: str) -> float:
     """What one micro-batch leaves on a rank with these layers, from its forward to its backward pass."""
-    first_hsa = next(layer for layer, kind in enumerate(model.layer_kinds()) if "hsa" in kind)
+    first_hsa = model.first_hsa_layer
     kept = sum(layer_bytes(model, shape, layer, recompute) for layer in layers)
     if first_hsa in layers and recompute != "full":
         kept += encoder_bytes(model, shape)
@@ -242,7 +242,7 @@ def memory_per_gpu(recipe: Recipe, stage: StageConfig, gpus: int) -> dict[str, f
         halo_hsa=micro * (stage.hsa_window - 1) if away else 0,
         fused_swiglu=not model.num_experts,  # as the model is built on a GPU
     )
-    first_hsa = next(layer for layer, kind in enumerate(model.layer_kinds()) if "hsa" in kind)
+    first_hsa = model.first_hsa_layer
     worst: dict[str, float] = {}
     for rank, layers in enumerate(layers_of_ranks(model, parallel, reach_of(recipe))):
         last = rank == parallel.pipeline - 1

@@ -41,7 +41,8 @@ def flops_per_token(model: ModelConfig, *, context: int, window: int, hsa_window
             forward += 4 * query * mean_reach(hsa_window if "hsa" in kind else window)
         if "hsa" in kind:
             forward += 4 * query * read + 2 * model.retrieval_dim * chunks / 2
-    forward += model.encoder_layers * 4 * query * (model.chunk_size + 1)
+    if model.ablations.hsa:
+        forward += model.encoder_layers * 4 * query * (model.chunk_size + 1)
     return 3 * forward
 
 

@@ -159,6 +159,8 @@ def load(args: argparse.Namespace) -> Loaded:
     from pretrain.model_io import load_for_inference
 
     loaded = load_for_inference(checkpoint, device=args.device, overrides=tuple(args.overrides))
+    if not loaded.recipe.model.ablations.hsa:
+        _refuse_memory_options(args)
     stages = list(loaded.recipe.stages)
     names = [stage.name for stage in stages]
     stage = _stage_name(loaded.stage)
@@ -171,6 +173,16 @@ def load(args: argparse.Namespace) -> Loaded:
         run_dir=run_dir_of(checkpoint),
         settings={**options, **({"memory": asdict(options["memory"])} if "memory" in options else {})},
     )
+
+
+def _refuse_memory_options(args: argparse.Namespace) -> None:
+    """RecipeError for an option about the context memory, which a model without HSA does not have."""
+    for name, unset in (("haystacks", None), ("top_k", None), ("memory", "device"), ("memory_fp8", False)):
+        if getattr(args, name, unset) != unset:
+            raise RecipeError(
+                f"--{name.replace('_', '-')}: {args.checkpoint} was trained with model.ablations.hsa: false and has no "
+                "context memory: leave it out"
+            )
 
 
 def run_dir_of(checkpoint: Path) -> Path | None:

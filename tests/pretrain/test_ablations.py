@@ -198,14 +198,15 @@ def test_what_experiments_do_not_run_with():
     load_recipe("demo", ["model.ablations.bypass=false", "parallel.context=2"])
 
 
-def test_an_experiment_is_not_exported(monkeypatch, tmp_path):
+@pytest.mark.parametrize("option", ["recency_decay=true", "hsa=false"])
+def test_an_experiment_is_not_exported(option, monkeypatch, tmp_path):
     import argparse
     import types
 
     from pretrain import model_io
     from pretrain.huggingface import export
 
-    recipe = load_recipe("demo", ["model.ablations.recency_decay=true"]).recipe
+    recipe = load_recipe("demo", [f"model.ablations.{option}"]).recipe
     monkeypatch.setattr(model_io, "load_for_inference", lambda *_, **__: types.SimpleNamespace(recipe=recipe))
-    with pytest.raises(RunDirError, match="recency_decay is an experiment, which no exported model can have"):
+    with pytest.raises(RunDirError, match=f"{option.partition('=')[0]} is an experiment, which no exported"):
         export.main(argparse.Namespace(checkpoint=tmp_path, out=tmp_path / "out"))

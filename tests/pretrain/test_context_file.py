@@ -115,7 +115,7 @@ def test_generate_reads_a_library_once(tmp_path, monkeypatch, capsys):
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     loaded = types.SimpleNamespace(
         tokenizer=tokenizer,
-        recipe=types.SimpleNamespace(name="tiny", stages=[]),
+        recipe=types.SimpleNamespace(name="tiny", stages=[], model=ModelConfig()),
         engine_factory=lambda **options: engine_of(**options),
         step=1,
         stage="only",

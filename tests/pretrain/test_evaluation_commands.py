@@ -15,6 +15,7 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.tokenizer import Tokenizer, train_bpe
+from parallel.model_config import ModelConfig
 from pretrain import cli
 from pretrain.errors import RecipeError, RunDirError
 from pretrain.evaluation import commands, generate
@@ -75,7 +76,7 @@ def world(tmp_path, monkeypatch):
             state.engines.append(Engine(tokenizer, **options))
             return state.engines[-1]
 
-        recipe = types.SimpleNamespace(name="tiny", stages=stages, data=data)
+        recipe = types.SimpleNamespace(name="tiny", stages=stages, data=data, model=ModelConfig())
         return types.SimpleNamespace(
             model=None, tokenizer=tokenizer, recipe=recipe, engine_factory=engine_factory, step=40, stage="long"
         )

@@ -53,7 +53,7 @@ def test_refused(tmp_path, tiny_recipe, variants, message):
 
 
 def test_a_study_that_is_not_there():
-    with pytest.raises(RecipeError, match="no study 'gpu'.*the studies shipped are cpu, h100"):
+    with pytest.raises(RecipeError, match="no study 'gpu'.*the studies shipped are cpu, full-attention, h100"):
         load_study("gpu")
 
 
