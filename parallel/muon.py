@@ -6,8 +6,7 @@ rows/columns)). With that scale one learning rate (0.01 to 0.02) serves all widt
 same one matrix at a time; here equal shapes go through one batched iteration, which is what makes many small matrices
 cheap, and a leading expert dimension is allowed.
 
-The momentum is kept by every data-parallel rank (4 bytes per parameter, 8 with the fp32 master copy of a bf16 model),
-and every rank orthogonalises every matrix: memory and the time of the update do not shrink with the data-parallel size.
+Who keeps which matrix is `optimizer.py`'s: with owners a rank orthogonalises its share of the matrices alone.
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@ Order of construction: transformer config (calculate_per_token_loss=True), model
 The caller sets the learning rate before every update: each group has ``max_lr``, the top of its schedule, and
 ``wd_mult``; its ``lr`` and ``weight_decay`` are what the update uses.
 
-Memory per parameter beside weight and fp32 gradient: AdamW distributed, 12 bytes / data-parallel size (8 in fp32);
-AdamW replicated, 12 (8); Muon, 8 (4) for matrices and AdamW replicated for the rest.
+Memory per parameter beside weight and fp32 gradient: AdamW 12 bytes (8 in fp32), Muon 8 (4) for matrices and AdamW's
+for the rest; distributed, divided by the data-parallel size. Megatron's distributed AdamW cuts parameters anywhere. A
+matrix that Muon makes orthogonal must be whole, so there every parameter has an owner among its replicas, which alone
+keeps its state and moves it; the others get the moved weights from it (`shares`).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class OptimizerSettings:
     lr: of AdamW, and under muon of everything that is not a matrix of the decoder; muon_lr: of those matrices.
     weight_decay: decoupled, not applied to vectors (norms, biases). clip: largest global gradient norm, 0 for none.
     warmup_steps: of the learning rate, linear, from the run's first step; stages shape it after that.
-    distributed: share AdamW's state among the data-parallel ranks (Muon's is replicated). offload: keep master copies
+    distributed: share the state among the data-parallel ranks. offload: keep master copies
     and moments in host memory between updates.
     """
 
@@ -77,6 +79,11 @@ class OptimizerSettings:
     def shares_state(self) -> bool:
         """True when Megatron's distributed optimizer is used."""
         return self.distributed and self.name == "adamw"
+
+    @property
+    def has_owners(self) -> bool:
+        """True when every parameter's state is kept by one of its replicas."""
+        return self.distributed and self.name == "muon"
 
 
 def ddp_config(settings: OptimizerSettings, *, overlap: bool = False) -> compat.DistributedDataParallelConfig:
@@ -190,6 +197,15 @@ class Optimizer(compat.ChainedOptimizer):
             optimizer.load_state_dict(part)
 
     def _updates(self) -> int:
+        """Number of updates done; a rank that owns no parameter of AdamW hears it from the others."""
+        done = self._own_updates()
+        if any(getattr(optimizer, "shares", None) for optimizer in self._active()):
+            most = torch.tensor(done, device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+            done = int(most)
+        return done
+
+    def _own_updates(self) -> int:
         """Number of updates done, from the first AdamW state: torch keeps it by parameter, fused ones by group."""
         for optimizer in self._active():
             for group in optimizer.param_groups:
@@ -206,7 +222,9 @@ _SHARDED = ("param_state", "state", "fp32_params")
 
 
 class _NamedState(compat.MegatronOptimizer):
-    """Checkpoint state of a replicated optimizer under the names of the model's parameters.
+    """Checkpoint state of a replicated optimizer under the names of the model's parameters, and weights from owners.
+
+    shares: where parameters have owners, what each rank of `replicas` owns; this optimizer then has this rank's alone.
 
     Megatron's own drops the step while it is 0, and numbers the states of a bf16 model over its bf16 parameters alone,
     so that one fp32 parameter (a norm's gain) among them shifts every state behind it to a wrong name.
@@ -215,7 +233,22 @@ class _NamedState(compat.MegatronOptimizer):
     def __init__(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         # Before Megatron puts master copies in the place of the model's parameters.
         self.model_params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.shares: list[list[nn.Parameter]] = []
+        self.replicas: Any = None
         super().__init__(optimizer, *args)
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """The update, then every owner's weights to the other replicas."""
+        done = super().step_with_ready_grads()  # type: ignore[safe-super]
+        for owner, parameters in enumerate(self.shares):
+            for dtype in sorted({parameter.dtype for parameter in parameters}, key=str):
+                same = [parameter.data for parameter in parameters if parameter.dtype == dtype]
+                flat = torch.cat([values.flatten() for values in same])
+                torch.distributed.broadcast(flat, group=self.replicas, group_src=owner)
+                parts = flat.split([values.numel() for values in same])
+                torch._foreach_copy_(same, [part.view_as(values) for part, values in zip(parts, same, strict=True)])
+        return done
 
     def _masters(self) -> dict[int, torch.Tensor]:
         """fp32 master copies by the number of the parameter in the optimizer."""
@@ -236,6 +269,13 @@ class _NamedState(compat.MegatronOptimizer):
             index: compat.make_sharded_optimizer_tensor(names[index], master, prefix="optimizer.state.fp32_param")
             for index, master in self._masters().items()
         }
+        if self.shares:  # what one replica alone has is no replica
+            for tensor in (
+                *masters.values(),
+                *(value for state in inner["state"].values() for value in state.values()),
+            ):
+                if hasattr(tensor, "replica_id"):
+                    tensor.replica_id = (*tensor.replica_id[:-1], 0)
         return {"state": inner["state"], "fp32_params": masters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -326,6 +366,7 @@ def _replicated(
     settings: OptimizerSettings, config: compat.OptimizerConfig, chunks: Sequence[nn.Module]
 ) -> list[compat.MegatronOptimizer]:
     """AdamW, and Muon for matrices if named so, each split in dense and expert-parallel parameters as in Megatron."""
+    state = compat.parallel_state
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -336,7 +377,21 @@ def _replicated(
                 groups.setdefault(key, []).append(parameter)
     chained: list[compat.MegatronOptimizer] = []
     for expert in (False, True):
+        replicas = (
+            state.get_expert_data_parallel_group()
+            if expert
+            else state.get_data_parallel_group(with_context_parallel=True)
+        )
+        loads = [0] * replicas.size()
         for muon in (True, False):
+            shares: list[list[nn.Parameter]] = []
+            if settings.has_owners and replicas.size() > 1:
+                mine = [p for decay in (True, False) for p in groups.get((expert, muon, decay), [])]
+                shares = share_out(mine, loads)
+                own = {id(p) for p in shares[replicas.rank()]}
+                for decay in (True, False):
+                    if (expert, muon, decay) in groups:
+                        groups[expert, muon, decay] = [p for p in groups[expert, muon, decay] if id(p) in own]
             param_groups = [
                 {
                     "params": groups[expert, muon, decay],
@@ -351,8 +406,24 @@ def _replicated(
                 if (expert, muon, decay) in groups
             ]
             if param_groups:
-                chained.append(_wrap(settings, config, param_groups, muon=muon, expert=expert))
+                wrapped = _wrap(settings, config, param_groups, muon=muon, expert=expert)
+                if shares:
+                    wrapped.shares, wrapped.replicas = shares, replicas
+                    wrapped.grad_stats_parallel_group = torch.distributed.group.WORLD
+                    if expert:  # an owner counts what it owns, whatever its tensor-parallel rank
+                        wrapped.tp_group = state.get_expert_tensor_parallel_group()
+                chained.append(wrapped)
     return chained
+
+
+def share_out(parameters: list[nn.Parameter], loads: list[int]) -> list[list[nn.Parameter]]:
+    """What every replica owns: the largest first, each to the replica that has least; `loads` (elements) grow."""
+    shares: list[list[nn.Parameter]] = [[] for _ in loads]
+    for parameter in sorted(parameters, key=lambda p: -p.numel()):
+        owner = loads.index(min(loads))
+        shares[owner].append(parameter)
+        loads[owner] += parameter.numel()
+    return shares
 
 
 def _wrap(
@@ -362,7 +433,7 @@ def _wrap(
     *,
     muon: bool,
     expert: bool,
-) -> compat.MegatronOptimizer:
+) -> ReplicatedFP32 | ReplicatedBF16:
     inner: torch.optim.Optimizer
     if muon:
         inner = Muon(
@@ -379,7 +450,7 @@ def _wrap(
         init_torch_state(optimizer)
 
     if config.bf16:
-        wrapped: compat.MegatronOptimizer = ReplicatedBF16(inner, config, None, init_state)
+        wrapped: ReplicatedFP32 | ReplicatedBF16 = ReplicatedBF16(inner, config, None, init_state)
     else:
         wrapped = ReplicatedFP32(inner, config, init_state)
     state = compat.parallel_state

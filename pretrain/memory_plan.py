@@ -101,7 +101,10 @@ def state_bytes(held: Held, recipe: Recipe, gpus: int) -> dict[str, int]:
         else:
             state = -(-dense // data) - (-held.experts * (master + 8) // expert_data)
     elif optimizer.name == "muon":
-        state = (held.matrices + held.experts) * (master + 4) + held.others * (master + 8)
+        # Whole parameters have owners; the plan takes them as evenly spread.
+        dense = held.matrices * (master + 4) + held.others * (master + 8)
+        data, expert_data = (data, expert_data) if optimizer.has_owners else (1, 1)
+        state = -(-dense // data) - (-held.experts * (master + 4) // expert_data)
     else:
         state = held.total * (master + 8)
     return {"weights": held.total * (2 if bf16 else 4), "gradients": held.total * 4, "optimizer": state}

@@ -157,4 +157,5 @@ def test_the_plan_counts_every_part_by_layout():
     # A stage has a quarter of the layers, the first of four holds four micro-batches.
     kept, deep = planned("recompute=none"), planned("recompute=none", "parallel.pipeline=4")
     assert deep["weights"] < plain["weights"] / 2.5 and 0.7 < deep["activations"] / kept["activations"] < 1.5
-    assert planned("optimizer.name=muon")["optimizer"] > 10 * plain["optimizer"]
+    assert planned("optimizer.name=muon")["optimizer"] < plain["optimizer"]  # one moment fewer, shared out as well
+    assert planned("optimizer.name=muon", "optimizer.distributed=false")["optimizer"] > 10 * plain["optimizer"]
