@@ -152,7 +152,12 @@ class SlurmCluster:
         _end(self.root / f"pid/slurmd.{node}.pid", signal.SIGKILL)
         for pid in _processes_on(node, self.root / "slurm.conf"):
             _kill(pid, signal.SIGKILL)
-        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        # An answer of the dead slurmd that is still on its way to the controller would put the node back to service.
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline:
+            if "State=DOWN" not in self.run("scontrol", "show", "node", node).stdout:
+                self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+            time.sleep(0.2)
 
     def restore_node(self, node: str) -> None:
         self.start_node(node)
