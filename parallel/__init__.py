@@ -2,7 +2,8 @@
 
     errors.py      what the user can mend: TopologyError, CheckpointError
     optional.py    apex, Transformer Engine, DeepSpeed: found without importing them
-    compat.py      Megatron-core's names, version differences, repairs and the CPU shim; nobody else imports Megatron
+    compat.py      Megatron-core's names, version differences and the CPU shim; nobody else imports Megatron
+    repairs.py     what is mended in Megatron on every machine
     mesh.py        parallel sizes, their check, process groups and seeds
     optimizer.py   AdamW through Megatron's (distributed) optimizer, and Muon, behind one interface
     muon.py        Muon: momentum made orthogonal, for matrices

@@ -28,6 +28,7 @@ from torch import nn
 from parallel import compat
 from parallel.muon import Muon
 from parallel.offload import HostState
+from parallel.repairs import init_adam_state
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -303,7 +304,7 @@ def init_torch_state(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, Muon):
         optimizer.init_state()
     elif isinstance(optimizer, torch.optim.AdamW):
-        compat.init_adam_state(optimizer)
+        init_adam_state(optimizer)
 
 
 def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:

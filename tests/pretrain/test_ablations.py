@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from hsa_kernels import reference
-from parallel import mesh
 from parallel.model_config import Ablations, ModelConfig, count_parameters
 from pretrain.errors import RecipeError, RunDirError
 from pretrain.evaluation.decoding import greedy_answers
@@ -25,13 +24,7 @@ ALL = {key: value for option in OPTIONS for key, value in option.items()}
 SHAPES = [dict(window=16, hsa_window=8, top_k=3), dict(window=9, hsa_window=21, top_k=None)]
 
 
-@pytest.fixture(autouse=True)
-def world(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    mesh.initialize(device="cpu", seed=1)
-    yield
-    mesh.shutdown()
+pytestmark = pytest.mark.usefixtures("world_of_one")
 
 
 def make(options, seed=0, window=16, hsa_window=8, top_k=3, **changes):

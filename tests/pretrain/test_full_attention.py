@@ -7,7 +7,6 @@ import types
 import pytest
 import torch
 
-from parallel import mesh
 from parallel.model_config import Ablations, ModelConfig, count_parameters
 from pretrain import model_io
 from pretrain.context_file import load_context, save_context
@@ -27,13 +26,7 @@ SMALL = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def world(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    mesh.initialize(device="cpu", seed=1)
-    yield
-    mesh.shutdown()
+pytestmark = pytest.mark.usefixtures("world_of_one")
 
 
 def make(window=128, **changes):
