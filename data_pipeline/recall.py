@@ -1,9 +1,10 @@
 """Training samples with many facts and many questions: dense supervision of retrieval.
 
 One question per sample teaches with a dozen tokens out of thousands. Here facts in the wordings of ``wide`` lie in
-text, single, in groups worded alike, as chains of variables or, in one sample of five, as a long list; questions about
-them come at any place behind their fact, each closed by its answer and an end-of-document token, and the text goes on
-after that. The last question ends the sample, so that it looks like every other task's.
+text, single, in groups worded alike, as chains of variables or, in one sample of four, as a long list, often with keys
+that differ in one word of three; questions about them come at any place behind their fact, each closed by its answer
+and an end-of-document token, and the text goes on after that. The last question ends the sample, so that it looks like
+every other task's.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import numpy as np
 
 from data_pipeline.grammar import wide_keys, wide_values, wide_wording
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.wordings import Facts, variable_facts
+from data_pipeline.wordings import Facts, near_keys, variable_facts
 
 _FACT_TOKENS = 96  # at most one fact per so many tokens
 _LIST_TOKENS = 40  # and this in a list
-_LISTS = 0.2  # share of samples that are mostly one list
+_LISTS = 0.25  # share of samples that are mostly one list
+_NEAR = 0.6  # share of lists whose keys are hard to tell apart
+_LIST_ASKED = 340  # one question per so many tokens of a list, 12 at least
 _CHAINS = 0.3  # share of groups that are chains of variables
 _ASKED = 0.8  # share of facts that are asked for
 _AT_ONCE = 0.1  # share of questions that follow their fact directly
@@ -73,9 +76,11 @@ def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: b
         return _chain(rng, tokenizer)
     needle, one, several = wide_wording(rng)
     count = left if as_list else 1 if rng.random() < 0.4 else min(left, int(rng.integers(2, 9)))
-    keys, values = wide_keys(rng, count), wide_values(rng, count)
+    near = as_list and rng.random() < _NEAR
+    keys, values = (near_keys if near else wide_keys)(rng, count), wide_values(rng, count)
     times = rng.random(count) * (0.9 if as_list else 1.0)
-    asked = rng.random(count) < (min(_ASKED, 12 / count) if as_list else _ASKED)
+    share = min(_ASKED, max(12, count * _LIST_TOKENS // _LIST_ASKED) / count) if as_list else _ASKED
+    asked = rng.random(count) < share
     asked[int(rng.integers(count))] = True
     events: list[Event] = []
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):

@@ -112,6 +112,23 @@ def long_keys(rng: np.random.Generator, count: int) -> list[str]:
     return keys
 
 
+def near_keys(rng: np.random.Generator, count: int) -> list[str]:
+    """``count`` different keys of three words out of so few words that most keys share two of them with others."""
+    side = 2
+    while side**3 < 2 * count:
+        side += 1
+    most = (len(QUALITIES) // 2) ** 3 // 2
+    if count > most:
+        raise DataError(f"at most {most} keys that are near each other, not {count}; shorten the sample")
+    first, second, nouns = (distinct(rng, len(words), side) for words in (QUALITIES, QUALITIES, WORDS))
+    keys = []
+    for i in distinct(rng, side**3, count):
+        i, a = divmod(i, side)
+        c, b = divmod(i, side)
+        keys.append(f"{QUALITIES[first[a]]} {QUALITIES[second[b]]} {WORDS[nouns[c]]}")
+    return keys
+
+
 def held_out_value(rng: np.random.Generator, kind: str, digits: int) -> str:
     """A value as evaluation asks for it. kind: one of VALUES; ``digits``: of a number."""
     if kind == "number":

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,19 @@ class Cell:
         return {"length": self.length, "depth": self.depth, "distance": self.distance, **self.tally.to_json()}
 
 
+MISTAKES = 5  # wrong answers that a report keeps per cell: enough to see what kind they are
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong answer: the text wanted and what the model said up to its end token (cut at the length wanted)."""
+
+    length: int
+    depth: float | None
+    wanted: str
+    answered: str
+
+
 @dataclass
 class TaskResult:
     """Outcome of one task over lengths x places."""
@@ -58,6 +71,12 @@ class TaskResult:
     haystack_tokens: int
     seconds: dict[int, float] = field(default_factory=dict)  # per length: building, prefill and generation
     texts: int | None = None  # haystacks per length that the samples share; None: every sample has its own
+    mistakes: list[Mistake] = field(default_factory=list)  # the first MISTAKES of every cell
+
+    def note(self, mistake: Mistake) -> None:
+        """Keep a wrong answer, unless its cell has enough of them."""
+        if sum((m.length, m.depth) == (mistake.length, mistake.depth) for m in self.mistakes) < MISTAKES:
+            self.mistakes.append(mistake)
 
     @property
     def lengths(self) -> list[int]:
@@ -74,8 +93,8 @@ class TaskResult:
         return {n: total(cell.tally for cell in self.cells if cell.length == n) for n in self.lengths}
 
     def to_json(self) -> dict:
-        """Plain JSON: settings, cells, totals per length, and how often the held-out text had to be repeated to fill
-        a length.
+        """Plain JSON: settings, cells, totals per length, how often the held-out text had to be repeated to fill a
+        length, and some of the wrong answers.
         """
         hay = self.haystack_tokens
         return {
@@ -95,6 +114,7 @@ class TaskResult:
                 for n, tally in self.by_length().items()
             ],
             "cells": [cell.to_json() for cell in self.cells],
+            "mistakes": [asdict(mistake) for mistake in self.mistakes],
         }
 
 
@@ -163,8 +183,10 @@ def run_task(
                     yield cell, builder.at_depth(depth) if distance is None else builder.at_distance(distance)
 
         rows = max(1, min(batch, token_budget // length))
-        for cell, tally in _answer(engine, tokenizer, plan(), rows):
+        for cell, tally, mistake in _answer(engine, tokenizer, plan(), rows):
             tallies[cell] += tally
+            if mistake:
+                result.note(Mistake(length, places[cell][0], *mistake))
         cells = [Cell(length, depth, distance, tallies[i]) for i, (depth, distance) in enumerate(places)]
         result.cells += cells
         result.seconds[length] = time.perf_counter() - started
@@ -248,10 +270,11 @@ class _Builder:
             raise RecipeError(f"cannot evaluate {self.task} at {self.length} tokens: {error}") from error
 
 
-def _answer(
-    engine: Engine, tokenizer, plan: Iterator[tuple[int, SyntheticSample]], rows: int
-) -> Iterator[tuple[int, Tally]]:
-    """Generate in batches of equal prompt length and yield (cell, tally of one sample)."""
+_Scored = tuple[int, Tally, tuple[str, str] | None]
+
+
+def _answer(engine: Engine, tokenizer, plan: Iterator[tuple[int, SyntheticSample]], rows: int) -> Iterator[_Scored]:
+    """Generate in batches of equal prompt length and yield what `_answer_batch` does."""
     waiting: dict[int, list[tuple[int, SyntheticSample]]] = defaultdict(list)
     for item in plan:
         queue = waiting[item[1].prompt_length]
@@ -264,7 +287,8 @@ def _answer(
             yield from _answer_batch(engine, tokenizer, queue)
 
 
-def _answer_batch(engine: Engine, tokenizer, items: list[tuple[int, SyntheticSample]]) -> Iterator[tuple[int, Tally]]:
+def _answer_batch(engine: Engine, tokenizer, items: list[tuple[int, SyntheticSample]]) -> Iterator[_Scored]:
+    """Cell, tally of one sample and, of a wrong one, what was wanted and what was said."""
     references = [reference_answer(sample) for _, sample in items]
     prompts = np.stack([sample.tokens[: sample.prompt_length] for _, sample in items])
     steps = max(len(tokens) for tokens in references)
@@ -279,7 +303,8 @@ def _answer_batch(engine: Engine, tokenizer, items: list[tuple[int, SyntheticSam
             exact = right == len(reference)
         else:
             exact = score(sample, tokenizer, answer.tolist())
-        yield cell, Tally(1, int(exact), len(reference), right)
+        wrong = None if exact else (answer_text(tokenizer, reference.tolist()), answer_text(tokenizer, answer.tolist()))
+        yield cell, Tally(1, int(exact), len(reference), right), wrong
 
 
 def reference_answer(sample: SyntheticSample) -> np.ndarray:

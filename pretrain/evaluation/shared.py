@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.synthetic import answer_text, make_facts, needle_haystack
 from pretrain.errors import RecipeError
 from pretrain.evaluation.haystack import Haystack
-from pretrain.evaluation.retrieval import Cell, Progress, TaskResult
+from pretrain.evaluation.retrieval import Cell, Mistake, Progress, TaskResult
 from pretrain.evaluation.tally import Tally, total
 from pretrain.evaluation.units import format_length
 from pretrain.shared_prompt import Edit, SharedPrompt
@@ -44,6 +44,7 @@ class Ask:
 class _Sample:
     label: str
     cell: int
+    depth: float | None
     edits: list[Edit]
     answer: str
     tokens: np.ndarray  # of the answer and the end token
@@ -96,7 +97,7 @@ def run_shared(
                     for cell, depth in enumerate(ask.depths)
                     for i in range(number, ask.samples, haystacks)
                 ]
-                _count(prompt, tokenizer, samples, end, batch, tallies)
+                _count(prompt, tokenizer, samples, end, batch, tallies, length, results)
                 for ask in plain:
                     seconds[ask.label] += (time.perf_counter() - began) / len(plain)
             for ask in asks:
@@ -104,7 +105,7 @@ def run_shared(
                     began = time.perf_counter()
                     count = len(range(number, ask.samples, haystacks))
                     samples = _needles(ask, prompt, tokenizer, text, end, entropies[ask.label], templates, count)
-                    _count(prompt, tokenizer, samples, end, batch, tallies)
+                    _count(prompt, tokenizer, samples, end, batch, tallies, length, results)
                     seconds[ask.label] += time.perf_counter() - began
         for ask in asks:
             result = results[ask.label]
@@ -131,7 +132,10 @@ def together(results: Sequence[TaskResult], label: str) -> TaskResult:
         cells.append(Cell(place.length, place.depth, place.distance, total(cell.tally for cell in same)))
     seconds = {n: sum(result.seconds[n] for result in results) for n in first.lengths}
     samples = sum(result.samples for result in results)
-    return TaskResult(label, first.templates, first.seed, samples, cells, first.haystack_tokens, seconds, first.texts)
+    mistakes = [mistake for result in results for mistake in result.mistakes]
+    return TaskResult(
+        label, first.templates, first.seed, samples, cells, first.haystack_tokens, seconds, first.texts, mistakes
+    )
 
 
 def _edited(
@@ -155,7 +159,7 @@ def _edited(
         raise RecipeError(f"{ask.task} does not fit into {end} tokens: take a longer length")
     starts = _places(rng, [len(needle) for needle in needles], room, depth, facts.ordered, text, ends)
     edits: list[Edit] = [(room, question), *zip(starts, needles, strict=True)]
-    return _Sample(ask.label, cell, edits, facts.answer.strip(), _reference(tokenizer, facts.answer))
+    return _Sample(ask.label, cell, depth, edits, facts.answer.strip(), _reference(tokenizer, facts.answer))
 
 
 def _places(
@@ -222,7 +226,12 @@ def _needles(
             answer = " " + facts.values[asked]
             samples.append(
                 _Sample(
-                    ask.label, cell, [(end - len(question), question)], answer.strip(), _reference(tokenizer, answer)
+                    ask.label,
+                    cell,
+                    depth,
+                    [(end - len(question), question)],
+                    answer.strip(),
+                    _reference(tokenizer, answer),
                 )
             )
     return samples
@@ -239,14 +248,19 @@ def _count(
     end: int,
     batch: int,
     tallies: dict[tuple[str, int], Tally],
+    length: int,
+    results: dict[str, TaskResult],
 ) -> None:
-    """Answer samples in batches and add them to the tallies of their cells."""
+    """Answer samples in batches, add them to the tallies of their cells and the wrong ones to their results."""
     for at in range(0, len(samples), batch):
         part = samples[at : at + batch]
         steps = max(len(sample.tokens) for sample in part)
         generated = prompt.answers([sample.edits for sample in part], end, steps, tokenizer.vocab_size)
         for sample, row in zip(part, generated, strict=True):
             answer = row[: len(sample.tokens)]
-            exact = answer_text(tokenizer, answer.tolist()) == sample.answer
+            said = answer_text(tokenizer, answer.tolist())
+            exact = said == sample.answer
+            if not exact:
+                results[sample.label].note(Mistake(length, sample.depth, sample.answer, said))
             right = int((answer == sample.tokens).sum())
             tallies[sample.label, sample.cell] += Tally(1, int(exact), len(sample.tokens), right)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from data_pipeline import grammar, wordings
+from data_pipeline.errors import DataError
 from data_pipeline.grammar import HELD_OUT_DIGITS, wide_values
 from data_pipeline.synthetic import SampleTooShort, build_sample, needle_haystack
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.wordings import held_out_value
+from data_pipeline.wordings import held_out_value, near_keys
 
 
 def frame(text: str) -> str:
@@ -96,6 +97,16 @@ def test_recall_asks_after_the_fact_and_answers_right(tokenizer: Tokenizer, leng
     again = build_sample("recall", np.random.default_rng(7), tokenizer, text, 1024)
     other = build_sample("recall", np.random.default_rng(7), tokenizer, text, 1024, templates="wide")
     assert np.array_equal(again.tokens, other.tokens)
+
+
+@pytest.mark.parametrize("count", [1, 9, 160, 800])
+def test_near_keys_differ_but_share_words(count: int) -> None:
+    keys = near_keys(np.random.default_rng(count), count)
+    assert len(set(keys)) == count and all(len(key.split()) == 3 for key in keys)
+    words = [set(part) for part in zip(*(key.split() for key in keys), strict=True)]
+    assert all(len(part) ** 3 <= 4 * count + 8 for part in words)  # so few words that keys are told apart by all three
+    with pytest.raises(DataError, match="near each other"):
+        near_keys(np.random.default_rng(0), 10**6)
 
 
 @pytest.mark.parametrize("values", wordings.VALUES)

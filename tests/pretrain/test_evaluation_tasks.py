@@ -120,6 +120,9 @@ def test_answers_must_be_exact_and_must_end(tokenizer, hay, monkeypatch):
             result = run_niah(engine, tokenizer, hay, lengths=[160], depths=1, samples=6)
         tally = result.by_length()[160]
         assert tally.correct == 0 and 0 <= tally.token_accuracy < 1
+        kept = result.to_json()["mistakes"]
+        assert len(kept) == retrieval.MISTAKES and all(mistake["length"] == 160 for mistake in kept)
+        assert all(len(mistake["wanted"]) == 4 and mistake["answered"] != mistake["wanted"] for mistake in kept)
 
 
 def test_batches_hold_equal_lengths_and_keep_to_the_token_budget(tokenizer, hay):

@@ -19,9 +19,10 @@ def test_size_stages_and_synthetic_share():
     assert count_parameters(recipe.model).total == 35_075_648
     warmup = [stage for stage in recipe.stages if stage.name.startswith("warmup")]
     main = [stage for stage in recipe.stages if stage not in warmup]
-    assert [stage.top_k for stage in warmup] == [None] * 3 and all(stage.top_k == 16 for stage in main)
-    assert [stage.window for stage in recipe.stages] == [128, 256, 512, 512, 512]
-    assert recipe.stages[-1].context > recipe.stages[-2].context and recipe.stages[-1].context <= 32768
+    assert [stage.top_k for stage in warmup] == [None, None, None, 32] and all(stage.top_k == 16 for stage in main)
+    assert [stage.window for stage in recipe.stages] == [128, 256, 512, 512, 512, 512]
+    assert recipe.stages[-1].context > recipe.stages[-2].context
+    assert max(stage.context for stage in recipe.stages) <= 32768
     for stage in main:  # one sequence in twenty, documents never longer than a sequence
         assert {**vars(recipe.data.synthetic), **stage.data.synthetic}["rate"] <= 0.05
     for stage in recipe.stages:
@@ -35,7 +36,7 @@ def test_size_stages_and_synthetic_share():
 
 @pytest.mark.slow
 def test_its_stages_and_its_evaluation_at_toy_size(tmp_path):
-    """Train all five stages in two commands and ask for needles in texts that questions share."""
+    """Train all six stages in two commands and ask for needles in texts that questions share."""
     rng = np.random.default_rng(0)
     text = tmp_path / "large" / "text"
     text.mkdir(parents=True)
@@ -58,7 +59,7 @@ def test_its_stages_and_its_evaluation_at_toy_size(tmp_path):
     model |= dict(retrieval_heads=1, retrieval_dim=16, encoder_ffn_hidden_size=48, lower_layers=1, upper_layers=2)
     overrides = [f"model.{key}={value}" for key, value in model.items()]
     overrides += ["precision=fp32", "tracking.mlflow.uri=none", "data.readers=2", "model.hsa_layers=1"]
-    lengths = {"warmup-1k": 512, "warmup-2k": 512, "warmup-4k": 512, "pretrain": 512, "long": 1024}
+    lengths = {"warmup-1k": 512, "warmup-2k": 512, "warmup-4k": 512, "warmup-16k": 1024, "pretrain": 512, "long": 1024}
     for name, context in lengths.items():
         overrides += [f"stages.{name}.{key}={value}" for key, value in (("context", context), ("batch", 4))]
         overrides += [f"stages.{name}.window=64", f"stages.{name}.until.tokens={4 * context}"]

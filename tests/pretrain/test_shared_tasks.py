@@ -84,6 +84,8 @@ def test_a_blind_reader_finds_what_stands_before_the_question(tokenizer):
     hay = np.array(tokenizer.encode(HAY * 80), dtype=np.int32)
     result = run_shared(Reader(tokenizer, blind=200), tokenizer, hay, ASKS[:1], lengths=[2048], haystacks=3)["number"]
     assert [cell.tally.correct for cell in result.cells] == [0, 0, 6]
+    assert sorted(m.depth for m in result.mistakes) == [0.0] * 5 + [0.5] * 5  # five of each cell's six
+    assert all(m.answered == "nothing" and len(m.wanted) == 7 for m in result.mistakes)
 
 
 def test_what_cannot_share_a_text_is_refused(tokenizer):
