@@ -278,7 +278,7 @@ _STATEMENTS = (
     "the {noun}s of {key} include {value}",
 )
 _ENDS = (".", ".", ".", "!", ";", "\n", " .", "")
-_MARKED = (": V", ' "V"', " 'V'", " (V)", " [V]", " = V", " -> V", " #V", " <V>", " *V*", " - V", ":\nV")
+_MARKED = (*(": V",) * 4, ' "V"', " 'V'", " (V)", " [V]", " = V", " -> V", " #V", " <V>", " *V*", " - V", ":\nV")
 _ASKS = (
     *("", "", ""),
     " What is the {noun} of {key}?",
@@ -363,7 +363,7 @@ def wide_wording(rng: np.random.Generator) -> tuple[str, str, str]:
     else:
         needle = _statement(rng)
         one, several = _asked(rng, _ASKS, _CUES, "{key}"), _asked(rng, _ASKS_MANY, _CUES_MANY, "{keys}")
-    if rng.random() < 0.3:  # the answer is what is marked, without the marks
+    if rng.random() < 0.45:  # the answer is what is marked, without the marks
         needle = str(needle).replace(" {value}", str(choice(rng, _MARKED)).replace("V", "{value}"))
     return (
         str(needle).replace("{noun}", noun),
@@ -377,13 +377,24 @@ def wide_variables(rng: np.random.Generator) -> tuple[str, str, str]:
     if rng.random() < 0.4:
         first, then = choice(rng, WIDE_VARIABLES)  # type: ignore[misc]
     else:
-        declared, equal, end = (str(choice(rng, part)) for part in (_DECLARED, _EQUAL, _ENDS))
+        declared, (equal, end) = _declarator(rng), (str(choice(rng, part)) for part in (_EQUAL, _ENDS))
         again = declared if rng.random() < 0.5 else ""
         first, then = f" {declared}{{name}}{equal}{{value}}{end}", f" {declared}{{name}}{equal}{again}{{other}}{end}"
     if rng.random() < 0.4:
         return first, then, str(choice(rng, WIDE_CHAINS))
     question = _asked(rng, _LISTING, _LISTED, "{holding}").replace("{holding}", str(choice(rng, _HOLDING)))
     return first, then, question.replace("{things}", str(choice(rng, _THINGS)))
+
+
+def _declarator(rng: np.random.Generator) -> str:
+    """What stands before a variable where it is assigned; often no known word, so that no list of words can tell it
+    from the name."""
+    if rng.random() < 0.5:
+        return str(choice(rng, _DECLARED))
+    make: _Maker = choice(rng, (_noun, _name, _capitals))  # type: ignore[assignment]
+    word = make(rng)[: int(rng.integers(2, 7))]
+    word = word.upper() if rng.random() < 0.5 else word
+    return "" if word.upper() == "VAR" else f"{word} "
 
 
 def variable_names(rng: np.random.Generator, count: int) -> list[str]:

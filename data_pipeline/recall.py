@@ -1,7 +1,7 @@
 """Training samples with many facts and many questions: dense supervision of retrieval.
 
 One question per sample teaches with a dozen tokens out of thousands. Here facts in the wordings of ``wide`` lie in
-text, single, in groups worded alike, as chains of variables or, in one sample of four, as a long list, often with keys
+text, single, in groups worded alike, as chains of variables or, in three samples of ten, as a long list, often with keys
 that differ in one word of three; questions about them come at any place behind their fact, each closed by its answer
 and an end-of-document token, and the text goes on after that. The last question ends the sample, so that it looks like
 every other task's.
@@ -20,10 +20,10 @@ from data_pipeline.wordings import Facts, near_keys, variable_facts
 
 _FACT_TOKENS = 96  # at most one fact per so many tokens
 _LIST_TOKENS = 40  # and this in a list
-_LISTS = 0.25  # share of samples that are mostly one list
+_LISTS = 0.3  # share of samples that are mostly one list
 _NEAR = 0.6  # share of lists whose keys are hard to tell apart
 _LIST_ASKED = 340  # one question per so many tokens of a list, 12 at least
-_CHAINS = 0.3  # share of groups that are chains of variables
+_CHAINS = 0.4  # share of groups that are chains of variables
 _ASKED = 0.8  # share of facts that are asked for
 _AT_ONCE = 0.1  # share of questions that follow their fact directly
 _FILL, _FILL_LIST = 0.6, 0.9  # largest share of the sample that facts and questions take
