@@ -1,10 +1,10 @@
 """Training samples with many facts and many questions: dense supervision of retrieval.
 
 One question per sample teaches with a dozen tokens out of thousands. Here facts in the wordings of ``wide`` lie in
-text, single, in groups worded alike, as chains of variables or, in three samples of ten, as a long list, often with keys
-that differ in one word of three; questions about them come at any place behind their fact, each closed by its answer
-and an end-of-document token, and the text goes on after that. The last question ends the sample, so that it looks like
-every other task's.
+text, single, in groups worded alike, as chains of variables or, in three samples of ten, as a long list, often with
+keys that differ in one word of three; questions about them come at any place behind their fact, each closed by its
+answer and an end-of-document token, and the text goes on after that. The last question ends the sample, so that it
+looks like every other task's.
 """
 
 from __future__ import annotations

@@ -55,6 +55,8 @@ def main(args: argparse.Namespace) -> int:
     model = model_of(config)
     tokenizer = args.folder / "tokenizer.json"
     loaded = recipe_for(args, model, config, tokenizer)
+    if not loaded.recipe.model.ablations.hsa:
+        raise RecipeError(f"model.ablations.hsa: false would drop the HSA weights of {args.folder}: leave it out")
     theirs, wanted = sizes_of(model), sizes_of(loaded.recipe.model)
     different = [f"{name} {theirs[name]} (recipe: {wanted[name]})" for name in theirs if theirs[name] != wanted[name]]
     if different:

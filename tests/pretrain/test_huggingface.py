@@ -181,6 +181,8 @@ def test_mistakes_are_named(tmp_path, tiny_recipe):
 
     with pytest.raises(RecipeError, match="another shape: upper_layers 3"):
         run(folder, "--out", tmp_path / "run", "--recipe", tiny_recipe)
+    with pytest.raises(RecipeError, match="would drop the HSA weights"):
+        run(folder, "--out", tmp_path / "run", "--recipe", tiny_recipe, "model.ablations.hsa=false")
     with pytest.raises(RunDirError, match="no config.json"):
         run(tmp_path, "--out", tmp_path / "run")
     with pytest.raises(RunDirError, match="is not empty"):
