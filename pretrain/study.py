@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pretrain import metrics_log
+from pretrain import metrics_log, study_losses
 from pretrain.errors import RecipeError
 from pretrain.evaluation.units import format_length
 from pretrain.recipe import load_recipe, plain, refuse_unknown_keys
@@ -87,9 +87,12 @@ def main(args: argparse.Namespace) -> int:
                 failed.append(variant.name)
     rows = collect(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "study.json", {"study": study.name, "base": study.base, "variants": rows})
+    losses = study_losses.compare(_logs(study, folder))
+    value = {"study": study.name, "base": study.base, "variants": rows, "training_losses": losses}
+    write_json(folder / "study.json", value)
     text = table(rows, list(study.evaluations))
     (folder / "study.md").write_text(text + "\n")
+    (folder / "losses.md").write_text(study_losses.table(losses) + "\n")
     print(f"{text}\n{folder / 'study.json'}", flush=True)
     if failed:
         print(f"hsa: {len(failed)} of {len(chosen)} variants failed: {', '.join(failed)}", file=sys.stderr)
@@ -155,6 +158,12 @@ def run_variant(study: Study, variant: Variant, folder: Path) -> int:
             if status := _hsa(["eval", *command, *target], folder, variant):
                 return status
     return 0
+
+
+def _logs(study: Study, folder: Path) -> dict[str, Path]:
+    """The step logs of the variants that were trained, to the end or in part."""
+    paths = {v.name: RunDir(folder / v.name).metrics_path for v in study.variants if v.of is None}
+    return {name: path for name, path in paths.items() if path.is_file()}
 
 
 def _finished(run: Path) -> bool:

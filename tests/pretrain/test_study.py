@@ -5,11 +5,14 @@ import json
 import pytest
 import yaml
 
+from pretrain import study_losses
 from pretrain.errors import RecipeError
 from pretrain.study import load_study, table
 
 # Every item that the study of the method has to measure, by a word in the names of its variants.
 ITEMS = "window top-k-eval top-k- no-warmup no-self-copy noise synthetic no-bypass rope groups ratio recency".split()
+
+COMMON = {"tokens": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "step_seconds": 0.1, "data_wait_seconds": 0.0}
 
 
 def write(folder, base, variants, **more):
@@ -80,6 +83,33 @@ def test_the_table_leaves_open_what_is_not_measured():
     ]
 
 
+def test_losses_are_compared_over_the_steps_that_all_variants_have(tmp_path):
+    """The longer log's further steps, a step in another stage and a domain of one variant alone do not count."""
+
+    def log(name, records):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({**COMMON, **record}) + "\n" for record in records))
+        return path
+
+    stage = ["short"] * 500 + ["long"] * 6
+    whole = [{"step": i + 1, "stage": stage[i], "loss/text": float(i), "loss/copy": 1.0} for i in range(506)]
+    part = [{**r, "loss/text": r["loss/text"] + 0.5} for r in whole[:503]]
+    for record in part:
+        del record["loss/copy"]
+    part[502] = {**part[502], "stage": "other"}
+    logs = {"whole": log("whole", whole), "part": log("part", part)}
+    rows = study_losses.compare(logs)
+    assert [(row["stage"], row["variant"], row["steps"]) for row in rows] == [
+        ("short", "whole", [101, 500]),
+        ("short", "part", [101, 500]),
+        ("long", "whole", [501, 502]),
+        ("long", "part", [501, 502]),
+    ]
+    assert [row["losses"] for row in rows] == [{"text": 299.5}, {"text": 300.0}, {"text": 500.5}, {"text": 501.0}]
+    assert study_losses.table(rows).splitlines()[-2:] == ["| whole | 500.500 |", "| part | 501.000 |"]
+    assert study_losses.compare({"whole": logs["whole"]}) == []
+
+
 @pytest.mark.slow
 def test_end_to_end(hsa, tmp_path, tiny_recipe):
     """One variant is trained, one asks it otherwise, one fails and stops nobody; a second call trains nothing."""
@@ -102,6 +132,7 @@ def test_end_to_end(hsa, tmp_path, tiny_recipe):
     assert json.loads((out / "wide" / "eval" / "needles.json").read_text())["model"]["settings"] == {"top_k": 8}
     assert not rows["broken"]["trained"] and not rows["later"]["trained"]
     assert "| plain | " in (out / "study.md").read_text() and "| later |  |  |  |  |" in (out / "study.md").read_text()
+    assert json.loads((out / "study.json").read_text())["training_losses"] == []  # only one was trained
     again = hsa("study", path, "--out", out, "--only", "plain", "wide")
     assert again.returncode == 0 and "hsa train" not in again.stdout and "hsa eval" not in again.stdout
     collected = hsa("study", path, "--out", out, "--table")
