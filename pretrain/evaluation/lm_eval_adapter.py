@@ -22,7 +22,7 @@ from pretrain.errors import RecipeError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `hsa eval lm-eval` takes beside a checkpoint."""
     parser.add_argument("--tasks", required=True, metavar="T,T", help="the harness's task names, or a task's YAML file")
-    parser.add_argument("--limit", type=int, metavar="N", help="samples per task (default: all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="samples per task, RULER's per length (default: all)")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="worked examples (default: the task's)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="requests at a time, at most (default 16)")
     parser.add_argument("--lengths", metavar="L,L", help="sequence lengths of the RULER tasks: 4k,32k")
@@ -47,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
 
     from pretrain.evaluation.commands import load
     from pretrain.evaluation.lm_eval_model import CheckpointLM
+    from pretrain.evaluation.lm_eval_ruler import ruler_samples, scores_by_length
     from pretrain.evaluation.report import save_json
     from pretrain.evaluation.streams import only_writer_to_stdout
     from pretrain.evaluation.units import parse_lengths
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
         metadata: dict[str, Any] = {"tokenizer": tokenizer_folder(tokenizer, Path(folder))}
         if args.lengths:
             metadata["max_seq_lengths"] = parse_lengths(args.lengths, context=loaded.context, window=loaded.window)
-        with offline_sources(args.essays, args.squad, args.hotpot):
+        with offline_sources(args.essays, args.squad, args.hotpot), ruler_samples(args.limit) as counts:
             manager = TaskManager(include_path=args.include_path, metadata=metadata)
             tasks = [task for task in args.tasks.split(",") if task]
             unknown = [t for t in tasks if t not in manager.all_tasks and not Path(t).is_file()]
@@ -78,6 +79,7 @@ def main(args: argparse.Namespace) -> int:
         path = Path(args.out) if args.out else (loaded.run_dir or Path.cwd()) / "eval"
         value = {"evaluation": "lm-eval", "model": loaded.to_json(), "version": lm_eval.__version__}
         value |= {name: results[name] for name in ("results", "n-shot", "n-samples", "versions") if name in results}
+        value |= {"lengths": scores_by_length(results["results"], counts)} if counts else {}
         file = save_json(json.loads(json.dumps(value, default=str)), path / f"{args.name}.json")
         print(f"{loaded.title}\n{make_table(results)}\n{file}", file=out, flush=True)
     return 0

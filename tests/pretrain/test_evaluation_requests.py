@@ -1,8 +1,12 @@
 """Requests in text, and lm-evaluation-harness on top of them, against plain forward passes of a tiny model."""
 
 import argparse
+import importlib
+import inspect
 import json
+import sys
 import types
+import unittest.mock
 
 import pytest
 import torch
@@ -105,6 +109,28 @@ def test_generation_in_batches_stops_each_request_by_itself(model):
     assert cut != expected and scorer.generate(prompts, stops=[stop], max_new_tokens=20) == cut
 
 
+def harness_on(model, tokenizer, folder, monkeypatch):
+    """`hsa eval lm-eval` on this model: a function of the tasks and further words."""
+    loaded = commands.Loaded(
+        model=types.SimpleNamespace(tokenizer=tokenizer, recipe=types.SimpleNamespace(name="tiny"), step=1, stage="s"),
+        engine=engine_of(model),
+        context=64,
+        window=16,
+        run_dir=folder,
+        settings={},
+    )
+    monkeypatch.setattr(commands, "load", lambda args: loaded)
+    monkeypatch.setenv("HF_HOME", str(folder / "cache"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+    def run(tasks, *words):
+        parser = argparse.ArgumentParser()
+        commands.add_arguments(parser)
+        return commands.main(parser.parse_args(["lm-eval", str(folder), "--tasks", tasks, *words]))
+
+    return run
+
+
 def test_the_harness_scores_a_checkpoint(model, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval")
     model, tokenizer = model
@@ -139,25 +165,9 @@ def test_the_harness_scores_a_checkpoint(model, tmp_path, monkeypatch, capsys):
         f"task: tiny_rolling\n{common.replace('{{c}}', '')}dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
         "output_type: loglikelihood_rolling\ndoc_to_target: '{{c}}'\nmetric_list: [{metric: bits_per_byte}]\n"
     )
-    loaded = commands.Loaded(
-        model=types.SimpleNamespace(tokenizer=tokenizer, recipe=types.SimpleNamespace(name="tiny"), step=1, stage="s"),
-        engine=engine_of(model),
-        context=64,
-        window=16,
-        run_dir=tmp_path,
-        settings={},
-    )
-    monkeypatch.setattr(commands, "load", lambda args: loaded)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-
-    def run(tasks):
-        parser = argparse.ArgumentParser()
-        commands.add_arguments(parser)
-        words = ["lm-eval", str(tmp_path), "--tasks", tasks, "--include-path", str(folder), "--batch", "3"]
-        return commands.main(parser.parse_args(words))
-
-    assert run("tiny_choice,tiny_written,tiny_rolling") == 0
+    run = harness_on(model, tokenizer, tmp_path, monkeypatch)
+    words = ["--include-path", str(folder), "--batch", "3"]
+    assert run("tiny_choice,tiny_written,tiny_rolling", *words) == 0
     results = json.loads((tmp_path / "eval" / "lm-eval.json").read_text())["results"]
     assert results["tiny_choice"]["acc,none"] == accuracy
     assert results["tiny_written"]["exact_match,none"] == 0.75
@@ -166,7 +176,7 @@ def test_the_harness_scores_a_checkpoint(model, tmp_path, monkeypatch, capsys):
     assert results["tiny_rolling"]["bits_per_byte,none"] == pytest.approx(-nats / size / 0.6931471805599453, rel=1e-5)
     assert "tiny_choice" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="knows no task no_such_task"):
-        run("no_such_task")
+        run("no_such_task", *words)
 
 
 def test_the_harness_reads_files_in_place_of_the_network(tmp_path):
@@ -186,3 +196,89 @@ def test_the_harness_reads_files_in_place_of_the_network(tmp_path):
         response.raise_for_status()
         assert response.json() == {"data": []}
     assert (datasets.load_dataset, requests.get) == before
+
+
+@pytest.fixture
+def ruler(monkeypatch, tmp_path):
+    """What the harness's RULER tasks import and read, without their packages of words and sentences."""
+    pytest.importorskip("lm_eval")
+    nltk = pytest.importorskip("nltk")
+    words = [a + b + c for a in "bdfgklmn" for b in ("a", "e", "ou") for c in ("ck", "d", "ll", "n", "st")]
+    kinds = {"nouns": words, "adjectives": words, "verbs": words, "noun": words, "adjective": words, "verb": words}
+    fake = types.SimpleNamespace(RandomWord=lambda: types.SimpleNamespace(_categories=kinds))
+    (tmp_path / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "wonderwords", fake)
+    loaded = {name: module for name, module in sys.modules.items() if name.startswith("lm_eval.tasks.ruler.")}
+    for name in loaded:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ruler.")]:
+        del sys.modules[name]
+    sys.modules.update(loaded)
+
+
+@pytest.mark.parametrize(
+    ("module", "task", "maker"),
+    [
+        ("niah_utils", "niah_multikey_3", "generate_samples"),
+        ("vt_utils", "get_vt_dataset", "sys_vartrack_w_noise_random"),
+        ("cwe_utils", "get_cw_dataset", "sys_word_pair_random"),
+        ("fwe_utils", "fwe_download", "sys_kwext"),
+        ("qa_utils", "get_squad", "generate_samples"),
+    ],
+)
+def test_a_limit_makes_the_first_samples_of_each_ruler_length(ruler, tmp_path, monkeypatch, module, task, maker):
+    from pretrain.evaluation.lm_eval_adapter import offline_sources, tokenizer_folder
+    from pretrain.evaluation.lm_eval_ruler import samples_by_length
+
+    module = importlib.import_module(f"lm_eval.tasks.ruler.{module}")
+    # Of the module's own words: ruler_vt asks on without end where its worked example takes more than 500 tokens.
+    (tmp_path / "tokenizer.json").write_text(train_bpe([inspect.getsource(module)], 900))
+    (tmp_path / "hf").mkdir()
+    folder = tokenizer_folder(Tokenizer(tmp_path / "tokenizer.json"), tmp_path / "hf")
+    squad = tmp_path / "squad.json"
+    asked = [{"question": f"Who came {i}?", "answers": [{"text": "Nobody"}], "is_impossible": False} for i in range(9)]
+    paragraphs = [{"context": f"{i}. {TEXT}", "qas": asked} for i in range(7)]  # all of them fit into either length
+    squad.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    spy = unittest.mock.Mock(wraps=getattr(module, maker))
+    monkeypatch.setattr(module, maker, spy)
+    with offline_sources(None, squad, None):
+        few = samples_by_length(getattr(module, task), {"tokenizer": folder, "max_seq_lengths": [1536, 2048]}, 2)
+        assert max(call.kwargs["num_samples"] for call in spy.call_args_list) == 2
+        more = samples_by_length(getattr(module, task), {"tokenizer": folder, "max_seq_lengths": [2048]}, 4)
+    assert {length: len(part) for length, part in few.items()} == {1536: 2, 2048: 2}
+    assert {row["max_length"] for row in few[1536]} == {1536} and max(row["length"] for row in few[1536]) <= 1536 + 50
+    assert len(more[2048]) == 4 and list(few[2048]) == list(more[2048])[:2]
+    assert few[2048][0] != few[2048][1]
+
+
+def test_the_harness_reports_each_ruler_length(ruler, model, tmp_path, monkeypatch):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"c": "The", "a": "x"}) + "\n" for _ in range(5)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "other.yaml").write_text(
+        f"task: tiny_other\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "doc_to_text: '{{c}}'\ndoc_to_target: a\noutput_type: generate_until\ngeneration_kwargs: {max_gen_toks: 2}\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    run = harness_on(*model, tmp_path, monkeypatch)
+    words = ["--lengths", "1k,2k", "--limit", "2", "--include-path", str(tmp_path / "tasks")]
+    assert run("niah_single_1,ruler_cwe,tiny_other", *words) == 0
+    value = json.loads((tmp_path / "eval" / "lm-eval.json").read_text())
+    scores = {task: row.get("2048,none") for task, row in value["results"].items()}
+    assert value["lengths"] == {
+        "niah_single_1": {
+            "1024": {"score": value["results"]["niah_single_1"]["1024,none"], "samples": 2},
+            "2048": {"score": scores["niah_single_1"], "samples": 2},
+        },
+        # Its shortest list of words, 60 of them, takes more than 1024 of these tokens.
+        "ruler_cwe": {
+            "1024": {"score": None, "samples": 0},
+            "2048": {"score": scores["ruler_cwe"], "samples": 2},
+        },
+    }
+    counts = {task: sizes["effective"] for task, sizes in value["n-samples"].items()}
+    assert counts == {"niah_single_1": 4, "ruler_cwe": 2, "tiny_other": 2}
+    with pytest.raises(RecipeError, match="ruler_cwe fits no sample into --lengths 1024"):
+        run("ruler_cwe", "--lengths", "1k")
