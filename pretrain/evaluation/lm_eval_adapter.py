@@ -58,7 +58,8 @@ def main(args: argparse.Namespace) -> int:
         metadata: dict[str, Any] = {"tokenizer": tokenizer_folder(tokenizer, Path(folder))}
         if args.lengths:
             metadata["max_seq_lengths"] = parse_lengths(args.lengths, context=loaded.context, window=loaded.window)
-        with offline_sources(args.essays, args.squad, args.hotpot), ruler_samples(args.limit) as counts:
+        sources = offline_sources(args.essays, args.squad, args.hotpot)
+        with missing_parts(), sources, ruler_samples(args.limit) as counts:
             manager = TaskManager(include_path=args.include_path, metadata=metadata)
             tasks = [task for task in args.tasks.split(",") if task]
             unknown = [t for t in tasks if t not in manager.all_tasks and not Path(t).is_file()]
@@ -83,6 +84,23 @@ def main(args: argparse.Namespace) -> int:
         file = save_json(json.loads(json.dumps(value, default=str)), path / f"{args.name}.json")
         print(f"{loaded.title}\n{make_table(results)}\n{file}", file=out, flush=True)
     return 0
+
+
+@contextlib.contextmanager
+def missing_parts() -> Iterator[None]:
+    """RecipeError for packages and data that a task imports or reads when it is loaded."""
+    try:
+        yield
+    except ImportError as error:
+        what = str(error).splitlines()[0]
+        raise RecipeError(f"--tasks: a package is missing ({what}): pip install 'hsa-ultralong[lm-eval]'") from None
+    except LookupError as error:
+        if "nltk" not in str(error):
+            raise
+        raise RecipeError(
+            "--tasks: NLTK's punkt_tab is missing: python -m nltk.downloader punkt_tab, or name a folder that has "
+            "tokenizers/punkt_tab in NLTK_DATA"
+        ) from None
 
 
 def tokenizer_folder(tokenizer: Any, folder: Path) -> str:

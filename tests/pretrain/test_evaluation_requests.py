@@ -179,6 +179,17 @@ def test_the_harness_scores_a_checkpoint(model, tmp_path, monkeypatch, capsys):
         run("no_such_task", *words)
 
 
+def test_what_a_task_lacks_is_named():
+    from pretrain.evaluation.lm_eval_adapter import missing_parts
+
+    with pytest.raises(RecipeError, match=r"package is missing \(Please install words\): pip install"), missing_parts():
+        raise ImportError("Please install words\nor else")
+    with pytest.raises(RecipeError, match="NLTK_DATA"), missing_parts():
+        raise LookupError("\n  Resource punkt_tab not found.\n  >>> import nltk")
+    with pytest.raises(KeyError), missing_parts():
+        raise KeyError("a mistake of ours")
+
+
 def test_the_harness_reads_files_in_place_of_the_network(tmp_path):
     pytest.importorskip("lm_eval")
     import datasets
