@@ -55,6 +55,11 @@ class SharedPrompt:
         self.tail = -(-(self.upper_length + self.chunk + self.reach) // _GRAIN) * _GRAIN
         self._angles = self.model.rotary_pos_emb(max(self.segment, self.tail) + self.widest)
 
+    def choose(self, top_k: int | None) -> None:
+        """Answer with ``top_k`` chunks per token from now on (None: all). What was read stays: the memory does not
+        depend on it."""
+        self.engine.settings["top_k"] = top_k
+
     @torch.no_grad()
     def read(self, tokens: np.ndarray) -> None:
         """Read the shared text (n,): its lower decoder and memory, segment by segment. Needs at least one chunk."""

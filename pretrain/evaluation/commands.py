@@ -92,7 +92,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory (its latest) or one step directory")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values to change")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: CUDA where it is")
-    parser.add_argument("--top-k", metavar="K", help="chunks per token, or full (default: the last stage's)")
+    parser.add_argument(
+        "--top-k",
+        metavar="K",
+        help="chunks per token, or full (default: the last stage's); with --haystacks several to compare: 4,16,64",
+    )
     parser.add_argument(
         "--full-prefill",
         action="store_true",
@@ -149,7 +153,9 @@ def load(args: argparse.Namespace) -> Loaded:
         raise RunDirError(f"no checkpoint: {checkpoint} {what}; give a run directory or one of its step directories")
     options: dict[str, Any] = {}
     if args.top_k is not None:
-        options["top_k"] = _top_k(args.top_k)
+        options["top_k"], *more = _top_ks(args.top_k)
+        if more and not getattr(args, "haystacks", None):
+            raise RecipeError("--top-k: several are asked of texts that questions share: add --haystacks, or give one")
     if args.full_prefill:
         options["full_prefill"] = True
     if args.memory != "device" or args.memory_fp8:
@@ -197,12 +203,13 @@ def _stage_name(stage: Any) -> str:
     return str(getattr(stage, "name", stage))
 
 
-def _top_k(text: str) -> int | None:
-    if text == "full":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise RecipeError(f"--top-k is {text!r}: write a number of chunks of at least 1, or full")
-    return int(text)
+def _top_ks(text: str) -> list[int | None]:
+    found: list[int | None] = []
+    for part in text.split(","):
+        if part != "full" and (not part.isdigit() or int(part) < 1):
+            raise RecipeError(f"--top-k is {text!r}: write a number of chunks of at least 1, or full")
+        found.append(None if part == "full" else int(part))
+    return list(dict.fromkeys(found))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -273,6 +280,7 @@ def _run_shared(args: argparse.Namespace, loaded: Loaded, hay: Any, asks: list[A
         seed=args.seed,
         templates=args.templates,
         batch=args.batch,
+        top_k=_top_ks(args.top_k) if args.top_k else (),
         progress=_say,
     )
 
@@ -303,7 +311,9 @@ def _niah(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outc
             Ask(f"niah_single.{kind}", "niah_single", args.samples, depth_grid(args.depths), _edit_options(data, kind))
             for kind in kinds
         ]
-        results = list(_run_shared(args, loaded, hay, asks, lengths).values())
+        found = _run_shared(args, loaded, hay, asks, lengths)
+        results, first = list(found.values()), list(found.values())[:: len(found) // len(kinds)]
+        kinds = [label.removeprefix("niah_single.") for label in found]
     else:
         results = [
             run_niah(
@@ -324,10 +334,11 @@ def _niah(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outc
             )
             for kind in kinds
         ]
-    result = together(results, "niah_single")
+        first = results
+    result = together(first, "niah_single")  # of several top-k the first one
     if len(kinds) > 1:
         value = {**result.to_json(), "values": {kind: r.to_json() for kind, r in zip(kinds, results, strict=True)}}
-        table = "\n\n".join(f"{kind}s\n{report.niah_table(r)}" for kind, r in zip(kinds, results, strict=True))
+        table = "\n\n".join(f"{kind}\n{report.niah_table(r)}" for kind, r in zip(kinds, results, strict=True))
         return (
             value,
             table,

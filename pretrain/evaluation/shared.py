@@ -8,7 +8,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,6 +26,10 @@ TASKS = ("niah_single", "niah_multikey", "niah_multiquery", "variable_tracking",
 _ROOM = 64  # tokens kept free for the answer
 _SNAP = 48  # a needle moves by at most so many tokens to follow the end of a sentence
 _QUESTION = 128  # tokens in front of the end that hold no needles of a haystack made of them
+
+
+_AS_IT_IS = -1
+_Tallies = dict[tuple[str, int], Tally]
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,13 @@ def run_shared(
     seed: int = 0,
     templates: str = "eval",
     batch: int = 32,
+    top_k: Sequence[int | None] = (),
     progress: Progress | None = None,
 ) -> dict[str, TaskResult]:
     """Ask every task at every length, and count exact answers of the model's own greedy generation.
+
+    ``top_k``: chunks per token (None: all); several are asked the same questions of the same texts, each text read
+    once, and label their results with `label_of`. () leaves what the prompt has.
 
     Per length ``haystacks`` texts are read; sample i of a cell goes to text i % haystacks. Tokens of a sample: its
     length, less up to 128 for the answer and so that questions end at any place of a chunk. RecipeError for a task
@@ -74,12 +82,27 @@ def run_shared(
             raise RecipeError(f"--haystacks: {ask.task} cannot share a text; tasks that can: {', '.join(TASKS)}")
     hay = haystack if isinstance(haystack, Haystack) else Haystack(haystack)
     ends = tokenizer.sentence_ends
+    ways = tuple(top_k) or (_AS_IT_IS,)
+
+    def name(ask: Ask, way: int | None) -> str:
+        return ask.label if len(ways) == 1 else label_of(ask.label, way)
+
     results = {
-        ask.label: TaskResult(ask.label, templates, seed, ask.samples, [], len(hay), texts=haystacks) for ask in asks
+        name(ask, way): TaskResult(name(ask, way), templates, seed, ask.samples, [], len(hay), texts=haystacks)
+        for ask in asks
+        for way in ways
     }
     for length in lengths:
-        tallies: dict[tuple[str, int], Tally] = defaultdict(Tally)
+        tallies: _Tallies = defaultdict(Tally)
         seconds: dict[str, float] = defaultdict(float)
+
+        def count(samples: list[_Sample], end: int, length: int = length, tallies: _Tallies = tallies) -> None:
+            for way in ways:
+                if way != _AS_IT_IS:
+                    prompt.choose(way)
+                named = [replace(s, label=label_of(s.label, way)) for s in samples] if len(ways) > 1 else samples
+                _count(prompt, tokenizer, named, end, batch, tallies, length, results)
+
         for number in range(haystacks):
             began = time.perf_counter()
             rng = np.random.default_rng([seed, length, number])
@@ -97,30 +120,34 @@ def run_shared(
                     for cell, depth in enumerate(ask.depths)
                     for i in range(number, ask.samples, haystacks)
                 ]
-                _count(prompt, tokenizer, samples, end, batch, tallies, length, results)
+                count(samples, end)
                 for ask in plain:
                     seconds[ask.label] += (time.perf_counter() - began) / len(plain)
             for ask in asks:
                 if ask.task == "niah_needles":
                     began = time.perf_counter()
-                    count = len(range(number, ask.samples, haystacks))
-                    samples = _needles(ask, prompt, tokenizer, text, end, entropies[ask.label], templates, count)
-                    _count(prompt, tokenizer, samples, end, batch, tallies, length, results)
+                    some = len(range(number, ask.samples, haystacks))
+                    count(_needles(ask, prompt, tokenizer, text, end, entropies[ask.label], templates, some), end)
                     seconds[ask.label] += time.perf_counter() - began
-        for ask in asks:
-            result = results[ask.label]
-            cells = [Cell(length, depth, None, tallies[ask.label, i]) for i, depth in enumerate(ask.depths)]
+        for ask, way in ((ask, way) for ask in asks for way in ways):
+            result = results[name(ask, way)]
+            cells = [Cell(length, depth, None, tallies[result.task, i]) for i, depth in enumerate(ask.depths)]
             result.cells += cells
-            result.seconds[length] = seconds[ask.label]
+            result.seconds[length] = seconds[ask.label] / len(ways)
             if progress:
                 done = result.by_length()[length]
                 low, high = done.interval
                 share = f"{100 * done.accuracy:.1f} %, {100 * low:.1f} to {100 * high:.1f}"
                 progress(
-                    f"{ask.label} at {format_length(length)}: {done.correct} of {done.n} exact ({share}), "
+                    f"{result.task} at {format_length(length)}: {done.correct} of {done.n} exact ({share}), "
                     f"{result.seconds[length]:.1f} s"
                 )
     return results
+
+
+def label_of(label: str, top_k: int | None) -> str:
+    """The label of results of one of several top-k."""
+    return f"{label} top-k {'full' if top_k is None else top_k}"
 
 
 def together(results: Sequence[TaskResult], label: str) -> TaskResult:
@@ -247,7 +274,7 @@ def _count(
     samples: list[_Sample],
     end: int,
     batch: int,
-    tallies: dict[tuple[str, int], Tally],
+    tallies: _Tallies,
     length: int,
     results: dict[str, TaskResult],
 ) -> None:

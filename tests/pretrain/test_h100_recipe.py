@@ -76,5 +76,13 @@ def test_its_stages_and_its_evaluation_at_toy_size(tmp_path):
     )
     assert "niah_single.word at 1k" in out
     found = json.loads((run / "eval" / "niah.json").read_text())
+    hsa(
+        "eval", "niah", run, "--lengths", "1k", "--values", "number,word", "--samples", "2", "--depths", "2", *shared,
+        "--top-k", "1,16", "--name", "two"
+    )  # fmt: skip
+    two = json.loads((run / "eval" / "two.json").read_text())
+    assert list(two["values"]) == ["number top-k 1", "number top-k 16", "word top-k 1", "word top-k 16"]
+    for kind in ("number", "word"):  # 16 is the last stage's
+        assert two["values"][f"{kind} top-k 16"]["cells"] == found["values"][kind]["cells"]
     assert found["haystacks_per_length"] == 2 and set(found["values"]) == {"number", "word"}
     assert [cell["n"] for cell in found["cells"]] == [4, 4]

@@ -88,6 +88,18 @@ def test_a_blind_reader_finds_what_stands_before_the_question(tokenizer):
     assert all(m.answered == "nothing" and len(m.wanted) == 7 for m in result.mistakes)
 
 
+def test_several_top_k_are_asked_the_same_of_texts_read_once(tokenizer):
+    """A reader that finds needles with one top-k only."""
+    hay = np.array(tokenizer.encode(HAY * 80), dtype=np.int32)
+    reader = Reader(tokenizer)
+    reader.choose = lambda top_k: setattr(reader, "blind", 40 if top_k == 4 else None)
+    results = run_shared(reader, tokenizer, hay, ASKS[:1], lengths=[2048], haystacks=2, top_k=(4, None))
+    assert [label for label in results] == ["number top-k 4", "number top-k full"] and len(reader.texts) == 2
+    few, all_ = results.values()
+    assert [cell.tally.correct for cell in few.cells] == [0, 0, 0] and all_.by_length()[2048].accuracy == 1
+    assert len(reader.prompts) == 36 and len(set(reader.prompts)) == 18
+
+
 def test_what_cannot_share_a_text_is_refused(tokenizer):
     with pytest.raises(RecipeError, match="copy cannot share"):
         run_shared(Reader(tokenizer), tokenizer, np.arange(9), [Ask("copy", "copy", 1)], lengths=[1024], haystacks=1)
