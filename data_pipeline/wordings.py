@@ -9,6 +9,7 @@ no frame of it, no noun, and none of its kinds of values (numbers of 7 digits, h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,12 +105,7 @@ def long_keys(rng: np.random.Generator, count: int) -> list[str]:
     size = len(WORDS) * len(QUALITIES) ** 2
     if count > size // 2:
         raise DataError(f"at most {size // 2} keys of three words, not {count}; shorten the sample")
-    keys = []
-    for i in distinct(rng, size, count):
-        i, first = divmod(i, len(QUALITIES))
-        noun, second = divmod(i, len(QUALITIES))
-        keys.append(f"{QUALITIES[first]} {QUALITIES[second]} {WORDS[noun]}")
-    return keys
+    return _three_words(rng, QUALITIES, QUALITIES, WORDS, count)
 
 
 def near_keys(rng: np.random.Generator, count: int) -> list[str]:
@@ -120,12 +116,21 @@ def near_keys(rng: np.random.Generator, count: int) -> list[str]:
     most = (len(QUALITIES) // 2) ** 3 // 2
     if count > most:
         raise DataError(f"at most {most} keys that are near each other, not {count}; shorten the sample")
-    first, second, nouns = (distinct(rng, len(words), side) for words in (QUALITIES, QUALITIES, WORDS))
+    first, second, nouns = (
+        [words[i] for i in distinct(rng, len(words), side)] for words in (QUALITIES, QUALITIES, WORDS)
+    )
+    return _three_words(rng, first, second, nouns, count)
+
+
+def _three_words(
+    rng: np.random.Generator, first: Sequence[str], second: Sequence[str], nouns: Sequence[str], count: int
+) -> list[str]:
+    """``count`` different keys of a word of each kind."""
     keys = []
-    for i in distinct(rng, side**3, count):
-        i, a = divmod(i, side)
-        c, b = divmod(i, side)
-        keys.append(f"{QUALITIES[first[a]]} {QUALITIES[second[b]]} {WORDS[nouns[c]]}")
+    for i in distinct(rng, len(first) * len(second) * len(nouns), count):
+        i, a = divmod(i, len(first))
+        c, b = divmod(i, len(second))
+        keys.append(f"{first[a]} {second[b]} {nouns[c]}")
     return keys
 
 

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from hsa_kernels import select as selection
 from hsa_kernels.triton import attention
 
 
-@torch.library.custom_op("hsa_kernels::attention", mutates_args=())
+@library.custom_op("hsa_kernels::attention", mutates_args=())
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: Tensor, chunk_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def _(q, k, v, weights, indices, chunk_size, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format), indices.new_empty(size)
 
 
-@torch.library.custom_op("hsa_kernels::attention_backward", mutates_args=())
+@library.custom_op("hsa_kernels::attention_backward", mutates_args=())
 def attention_backward_op(
     q: Tensor,
     k: Tensor,
@@ -62,7 +62,7 @@ def _attention_gradient(ctx, grad, _):
 attention_op.register_autograd(_attention_gradient, setup_context=_save_attention)
 
 
-@torch.library.custom_op("hsa_kernels::select", mutates_args=())
+@library.custom_op("hsa_kernels::select", mutates_args=())
 def select_op(
     q: Tensor,
     landmarks: Tensor,
@@ -92,7 +92,7 @@ def _(q, landmarks, documents, noise, top_k, chunk_size, query_offset, exclude_w
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("hsa_kernels::select_backward", mutates_args=())
+@library.custom_op("hsa_kernels::select_backward", mutates_args=())
 def select_backward_op(
     q: Tensor, landmarks: Tensor, indices: Tensor, grad: Tensor, chunk_size: int, query_offset: int
 ) -> tuple[Tensor, Tensor]:

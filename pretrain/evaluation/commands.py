@@ -123,6 +123,7 @@ class Loaded:
     window: int | None  # sliding window of the checkpoint's stage, tokens
     run_dir: Path | None
     settings: dict[str, Any]  # what was asked of the engine
+    top_k: tuple[int | None, ...] = ()  # those asked for, more than one only of shared texts
 
     @property
     def title(self) -> str:
@@ -152,10 +153,11 @@ def load(args: argparse.Namespace) -> Loaded:
         what = "is a file" if checkpoint.exists() else "does not exist"
         raise RunDirError(f"no checkpoint: {checkpoint} {what}; give a run directory or one of its step directories")
     options: dict[str, Any] = {}
-    if args.top_k is not None:
-        options["top_k"], *more = _top_ks(args.top_k)
-        if more and not getattr(args, "haystacks", None):
-            raise RecipeError("--top-k: several are asked of texts that questions share: add --haystacks, or give one")
+    ways = _top_ks(args.top_k) if args.top_k is not None else []
+    if len(ways) > 1 and not getattr(args, "haystacks", None):
+        raise RecipeError("--top-k: several are asked of texts that questions share: add --haystacks, or give one")
+    if ways:
+        options["top_k"] = ways[0]
     if args.full_prefill:
         options["full_prefill"] = True
     if args.memory != "device" or args.memory_fp8:
@@ -167,6 +169,9 @@ def load(args: argparse.Namespace) -> Loaded:
     loaded = load_for_inference(checkpoint, device=args.device, overrides=tuple(args.overrides))
     if not loaded.recipe.model.ablations.hsa:
         _refuse_memory_options(args)
+    asked = {**options, **({"top_k": ways} if len(ways) > 1 else {})}
+    if "memory" in options:
+        asked["memory"] = asdict(options["memory"])
     stages = list(loaded.recipe.stages)
     names = [stage.name for stage in stages]
     stage = _stage_name(loaded.stage)
@@ -177,7 +182,8 @@ def load(args: argparse.Namespace) -> Loaded:
         context=max((int(stage.context) for stage in done), default=None),
         window=int(done[-1].window) if done else None,
         run_dir=run_dir_of(checkpoint),
-        settings={**options, **({"memory": asdict(options["memory"])} if "memory" in options else {})},
+        top_k=tuple(ways),
+        settings=asked,
     )
 
 
@@ -280,7 +286,7 @@ def _run_shared(args: argparse.Namespace, loaded: Loaded, hay: Any, asks: list[A
         seed=args.seed,
         templates=args.templates,
         batch=args.batch,
-        top_k=_top_ks(args.top_k) if args.top_k else (),
+        top_k=loaded.top_k,
         progress=_say,
     )
 

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch import library
 
 pytest.importorskip("triton")
 
@@ -330,9 +331,9 @@ def test_operators_pass_torch_checks():
     """Fake kernels, aliasing and autograd registration, as torch.compile relies on them."""
     tensors, idx, _ = make(1, 6, 1, 2, 2, 16, 16, 2)
     inputs = [x.requires_grad_() for x in tensors]
-    torch.library.opcheck(register.attention_op, (*inputs, idx, 16, 0.25), test_utils=CHECKS)
+    library.opcheck(register.attention_op, (*inputs, idx, 16, 0.25), test_utils=CHECKS)
     q, lm = (torch.randn(1, n, 1, 16, device=DEVICE, requires_grad=True) for n in (5, 9))
-    torch.library.opcheck(register.select_op, (q, lm, None, None, 2, 1, 6, 0), test_utils=CHECKS)
+    library.opcheck(register.select_op, (q, lm, None, None, 2, 1, 6, 0), test_utils=CHECKS)
 
 
 def test_dispatch_compiles_into_one_graph():

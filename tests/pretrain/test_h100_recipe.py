@@ -81,6 +81,7 @@ def test_its_stages_and_its_evaluation_at_toy_size(tmp_path):
         "--top-k", "1,16", "--name", "two"
     )  # fmt: skip
     two = json.loads((run / "eval" / "two.json").read_text())
+    assert two["model"]["settings"] == {"top_k": [1, 16]}
     assert list(two["values"]) == ["number top-k 1", "number top-k 16", "word top-k 1", "word top-k 16"]
     for kind in ("number", "word"):  # 16 is the last stage's
         assert two["values"][f"{kind} top-k 16"]["cells"] == found["values"][kind]["cells"]
