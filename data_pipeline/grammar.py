@@ -20,7 +20,8 @@ WIDE_NOUNS: tuple[str, ...] = tuple(
     "magic number,code,secret,secret code,password,passphrase,serial number,label,tag,token,identifier,reference,"
     "locker,ticket,badge,account,room,signal,call sign,registration,order,address,PIN,score,result,answer,index,mark,"
     "flag,handle,value,entry,route,port,version,checksum,access code,phone number,lucky number,price,size,seat,"
-    "license,hash,alias,title,motto,watchword,record,target,total,channel,parcel,invoice,shelf mark,map square".split(
+    "license,hash,alias,title,motto,watchword,record,target,total,channel,parcel,invoice,shelf mark,map square,name,"
+    "nickname,term,phrase,expression,spelling,slogan,heading,topic,color,animal,tool,place,sign".split(
         ","
     )
 )
@@ -215,6 +216,12 @@ def _compound(rng: np.random.Generator) -> str:
     return joint.join(parts)
 
 
+def _words(rng: np.random.Generator) -> str:
+    """Two to four words or names joined by one sign, which is not the hyphen of evaluation's values."""
+    joint = str(choice(rng, (" ", " ", "_", "_", "/", ".", ":", "+", "~", ", ", "")))
+    return joint.join(choice(rng, _WORDS)(rng) for _ in range(int(rng.integers(2, 5))))  # type: ignore[operator]
+
+
 def _quality(rng: np.random.Generator) -> str:
     return str(choice(rng, QUALITIES))
 
@@ -225,11 +232,12 @@ def _hex_group(rng: np.random.Generator) -> str:
 
 _Maker = Callable[[np.random.Generator], str]
 _ALPHANUMERIC = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+_WORDS: tuple[_Maker, ...] = (_noun, _noun, _quality, _quality, _name)
 _PARTS: tuple[_Maker, ...] = (_noun, _quality, _name, _digits, _hex_group)
 _KEYS: tuple[_Maker, ...] = (_noun, _noun, _noun, _pair, _pair, _triple, _name, _name, _numbered, _code, _hex, _digits)
-_WIDE_VALUES: tuple[_Maker, ...] = (
-    *(_digits, _digits, _digits, _digits, _noun, _pair, _name, _code),
-    *(_hex, _hex, _hex, _compound, _compound, _compound, _letters),
+_WIDE_VALUES: tuple[_Maker, ...] = (  # half of them words, which are harder to tell from the text around than numbers
+    *(_digits, _digits, _digits, _digits, _code, _hex, _hex, _hex, _compound, _compound, _letters),
+    *(_noun, _noun, _pair, _pair, _pair, _triple, _name, _name, _words, _words, _words, _words),
 )
 _VARIABLE_NAMES: tuple[_Maker, ...] = (_noun, _noun, _name, _capitals, _code)
 
@@ -363,7 +371,7 @@ def wide_wording(rng: np.random.Generator) -> tuple[str, str, str]:
     else:
         needle = _statement(rng)
         one, several = _asked(rng, _ASKS, _CUES, "{key}"), _asked(rng, _ASKS_MANY, _CUES_MANY, "{keys}")
-    if rng.random() < 0.45:  # the answer is what is marked, without the marks
+    if rng.random() < 0.5:  # the answer is what is marked, without the marks
         needle = str(needle).replace(" {value}", str(choice(rng, _MARKED)).replace("V", "{value}"))
     return (
         str(needle).replace("{noun}", noun),

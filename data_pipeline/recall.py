@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.grammar import wide_keys, wide_values, wide_wording
+from data_pipeline.grammar import choice, wide_keys, wide_values, wide_wording
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.wordings import Facts, near_keys, variable_facts
 
@@ -25,8 +25,10 @@ _NEAR = 0.6  # share of lists whose keys are hard to tell apart
 _LIST_ASKED = 340  # one question per so many tokens of a list, 12 at least
 _CHAINS = 0.4  # share of groups that are chains of variables
 _ASKED = 0.8  # share of facts that are asked for
-_AT_ONCE = 0.1  # share of questions that follow their fact directly
+_AT_ONCE = 0.15  # share of questions that follow their fact directly
 _FILL, _FILL_LIST = 0.6, 0.9  # largest share of the sample that facts and questions take
+_COUNTED = 0.25  # share of samples whose text carries running numbers, as verses, paragraphs and pages do
+_COUNTS = ("{a}:{b}", "{a}:{b}", "{a}.{b}", "{b}.", "{b}", "[{b}]", "({b})", "{a}-{b}", "p. {b}", "{a},{b}")
 
 
 @dataclass
@@ -65,6 +67,8 @@ def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -
     if not questions:
         return []
     max(questions, key=lambda event: event.time).time = 1.0
+    if rng.random() < _COUNTED:
+        events += _running_numbers(rng, tokenizer, int(0.95 * length) - used)
     events.sort(key=lambda event: event.time)
     last = max(i for i, event in enumerate(events) if event.answer)
     return events[: last + 1]
@@ -103,6 +107,23 @@ def _chain(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
     times = np.sort(rng.random(len(facts.needles)))
     events = [Event(t, tokenizer.encode_words(n)) for t, n in zip(times.tolist(), facts.needles, strict=True)]
     return [*events, _question(rng, tokenizer, facts, float(times[-1]))]
+
+
+def _running_numbers(rng: np.random.Generator, tokenizer: Tokenizer, room: int) -> list[Event]:
+    """Numbers that count on through the text, in one style, and are no answer to anything; at most ``room`` tokens."""
+    style, line = str(choice(rng, _COUNTS)), str(choice(rng, ("\n", " ")))
+    a, b, last = (int(n) for n in rng.integers(1, (60, 30, 60)))
+    pieces: list[np.ndarray] = []
+    wanted = room // int(rng.integers(5, 40))
+    for _ in range(wanted):
+        piece = tokenizer.encode_words(f"{line}{style.format(a=a, b=b)}")
+        room -= len(piece)
+        if room < 0:
+            break
+        pieces.append(piece)
+        a, b = (a, b + 1) if b < last else (a + 1, 1)
+    steps = (np.arange(len(pieces)) + rng.random(len(pieces))) / max(1, len(pieces))
+    return [Event(time, piece) for time, piece in zip(steps.tolist(), pieces, strict=True)]
 
 
 def _question(rng: np.random.Generator, tokenizer: Tokenizer, facts: Facts, after: float) -> Event:
