@@ -19,9 +19,9 @@ def test_size_stages_and_synthetic_share():
     assert count_parameters(recipe.model).total == 35_075_648
     warmup = [stage for stage in recipe.stages if stage.name.startswith("warmup")]
     main = [stage for stage in recipe.stages if stage not in warmup]
-    assert [stage.top_k for stage in warmup] == [None, None, None, 32] and all(stage.top_k == 16 for stage in main)
-    assert [stage.window for stage in recipe.stages] == [128, 256, 512, 512, 512, 512]
-    assert recipe.stages[-1].context > recipe.stages[-2].context
+    assert [stage.top_k for stage in recipe.stages] == [None] * 6 + [32]  # all chunks, then as many as answers read
+    assert [stage.window for stage in recipe.stages] == [128, 256, 512, 512, 512, 512, 512]
+    assert recipe.stages[-2].context > recipe.stages[-3].context
     assert max(stage.context for stage in recipe.stages) <= 32768
     for stage in main:  # one sequence in twenty, documents never longer than a sequence
         assert {**vars(recipe.data.synthetic), **stage.data.synthetic}["rate"] <= 0.05
@@ -36,7 +36,7 @@ def test_size_stages_and_synthetic_share():
 
 @pytest.mark.slow
 def test_its_stages_and_its_evaluation_at_toy_size(tmp_path):
-    """Train all six stages in two commands and ask for needles in texts that questions share."""
+    """Train all stages in two commands and ask for needles in texts that questions share."""
     rng = np.random.default_rng(0)
     text = tmp_path / "large" / "text"
     text.mkdir(parents=True)
@@ -59,11 +59,13 @@ def test_its_stages_and_its_evaluation_at_toy_size(tmp_path):
     model |= dict(retrieval_heads=1, retrieval_dim=16, encoder_ffn_hidden_size=48, lower_layers=1, upper_layers=2)
     overrides = [f"model.{key}={value}" for key, value in model.items()]
     overrides += ["precision=fp32", "tracking.mlflow.uri=none", "data.readers=2", "model.hsa_layers=1"]
-    lengths = {"warmup-1k": 512, "warmup-2k": 512, "warmup-4k": 512, "warmup-16k": 1024, "pretrain": 512, "long": 1024}
+    lengths = {"warmup-1k": 512, "warmup-2k": 512, "warmup-4k": 512}
+    lengths |= {"warmup-16k": 1024, "pretrain": 512, "long": 1024, "anneal": 1024}
     for name, context in lengths.items():
         overrides += [f"stages.{name}.{key}={value}" for key, value in (("context", context), ("batch", 4))]
         overrides += [f"stages.{name}.window=64", f"stages.{name}.until.tokens={4 * context}"]
     overrides += ["stages.pretrain.data.synthetic={min_length: 320}", "stages.long.data.synthetic={min_length: 320}"]
+    overrides += ["stages.anneal.data.synthetic={min_length: 320}"]
     run = tmp_path / "run"
     hsa("train", "h100-16m", "--run-dir", run, "--until-stage", "warmup-2k", *overrides)
     hsa("train", "h100-16m", "--run-dir", run, *overrides)
@@ -78,12 +80,12 @@ def test_its_stages_and_its_evaluation_at_toy_size(tmp_path):
     found = json.loads((run / "eval" / "niah.json").read_text())
     hsa(
         "eval", "niah", run, "--lengths", "1k", "--values", "number,word", "--samples", "2", "--depths", "2", *shared,
-        "--top-k", "1,16", "--name", "two"
+        "--top-k", "1,32", "--name", "two"
     )  # fmt: skip
     two = json.loads((run / "eval" / "two.json").read_text())
-    assert two["model"]["settings"] == {"top_k": [1, 16]}
-    assert list(two["values"]) == ["number top-k 1", "number top-k 16", "word top-k 1", "word top-k 16"]
-    for kind in ("number", "word"):  # 16 is the last stage's
-        assert two["values"][f"{kind} top-k 16"]["cells"] == found["values"][kind]["cells"]
+    assert two["model"]["settings"] == {"top_k": [1, 32]}
+    assert list(two["values"]) == ["number top-k 1", "number top-k 32", "word top-k 1", "word top-k 32"]
+    for kind in ("number", "word"):  # 32 is the last stage's
+        assert two["values"][f"{kind} top-k 32"]["cells"] == found["values"][kind]["cells"]
     assert found["haystacks_per_length"] == 2 and set(found["values"]) == {"number", "word"}
     assert [cell["n"] for cell in found["cells"]] == [4, 4]
