@@ -22,7 +22,7 @@ _SCORE_BYTES = 1 << 31  # scores of the plain form held at a time
 
 
 class SharedMemory:
-    """Keys, values and landmarks of a shared text, with room for overlays.
+    """Keys, values and landmarks of a shared text, with room for overlays that grows when they need more.
 
     ``capacity`` chunks can be appended with `append`, the first ``shared`` of which every prompt of `overlay` may read
     unless it has replaced them.
@@ -39,7 +39,7 @@ class SharedMemory:
         wide = torch.promote_types(like.landmarks.dtype, torch.float32)
         self.landmarks = like.landmarks.new_zeros(1, capacity, *like.landmarks.shape[2:], dtype=wide)
         self.chunks = 0
-        self.overlay(1, 0, room)
+        self.overlay(1, 0, 0)
 
     def append(self, new: ContextMemory) -> None:
         """Add chunks (batch 1) of the shared text."""
@@ -55,9 +55,11 @@ class SharedMemory:
         self.replaced = torch.zeros(prompts, shared, dtype=torch.bool, device=self.k.device)
         self.numbers = torch.full((prompts, size), -1, dtype=torch.int64, device=self.k.device)
         self.own = self.landmarks.new_zeros(prompts, size, *self.landmarks.shape[2:])
-        room = self.k.shape[1] // self.chunk_size - self.capacity
-        if prompts * size > room:
-            raise ValueError(f"{prompts} overlays of {size} chunks do not fit into room for {room}")
+        kept, tokens = self.capacity * self.chunk_size, (self.capacity + prompts * size) * self.chunk_size
+        if tokens > self.k.shape[1]:
+            self.k, self.v = (
+                torch.cat((x[:, :kept], x.new_zeros(1, tokens - kept, *x.shape[2:])), 1) for x in (self.k, self.v)
+            )
 
     def put(self, prompt: Tensor, slot: Tensor, number: Tensor, new: ContextMemory) -> None:
         """Give prompts chunks of their own. prompt, slot, number int64 (n,): whose, which place in its overlay, which

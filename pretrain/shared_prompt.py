@@ -20,7 +20,8 @@ from parallel.shared_memory import SharedMemory
 from pretrain.inference import InferenceEngine
 
 _SEGMENT = 1 << 16  # tokens of one pass while the shared text is read, on CUDA
-_TOKENS = 1 << 18  # tokens of one lower pass over edited places
+_TOKENS = {"cuda": 1 << 18, "cpu": 1 << 14}  # tokens of one lower pass over edited places
+_OVERLAYS = {"cuda": 1 << 15, "cpu": 0}  # chunks of overlays to begin with; growing copies the whole memory once
 _GRAIN = 128  # lengths of passes are multiples of it: kernels are compiled for few shapes
 
 Edit = tuple[int, np.ndarray]
@@ -39,14 +40,13 @@ class _Piece:
 class SharedPrompt:
     """Answers questions about edited copies of one text.
 
-    engine: for its model and settings. room: chunks that all prompts of one call may change together.
+    engine: for its model and settings.
     """
 
-    def __init__(self, engine: InferenceEngine, room: int = 32768) -> None:
+    def __init__(self, engine: InferenceEngine) -> None:
         self.engine = engine
         self.model = engine.model
         self.chunk = engine.model.model.chunk_size
-        self.room = room
         settings = engine.settings
         self.reach = sum(layer_window(layer, settings) - 1 for layer in engine.lower if layer.has_window)
         self.segment = max(engine.segment, _SEGMENT) if engine.device.type == "cuda" else engine.segment
@@ -81,7 +81,7 @@ class SharedPrompt:
                 numbers = torch.arange(first, first + hidden.shape[0] // self.chunk, device=engine.device)
                 new = encoder(hidden, numbers[None])
                 if memory is None:
-                    memory = SharedMemory(new, chunks, self.room)
+                    memory = SharedMemory(new, chunks, _OVERLAYS[engine.device.type])
                 memory.append(new)
         self.memory = memory
 
@@ -142,7 +142,7 @@ class SharedPrompt:
         for span in spans:
             by_length.setdefault(-(-(span[1] - span[0]) // grain) * grain, []).append(span)
         for padded, group in sorted(by_length.items()):
-            rows = max(1, _TOKENS // padded)
+            rows = max(1, _TOKENS[device.type] // padded)
             for at in range(0, len(group), rows):
                 part = group[at : at + rows]
                 block = np.zeros((len(part), padded), dtype=np.int64)

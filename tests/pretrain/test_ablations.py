@@ -122,7 +122,7 @@ def test_edited_copies_of_a_shared_text(options, shape):
     for row, list_ in zip(copies, edits, strict=True):
         for start, tokens in list_:
             row[start : start + 7] = tokens
-    shared = SharedPrompt(engine, room=400)
+    shared = SharedPrompt(engine)
     shared.read(text)
     found = shared.answers(edits, 303, 20, 60)
     assert np.array_equal(found, greedy_answers(engine, copies, max_new_tokens=20, vocab_size=60))
