@@ -176,7 +176,8 @@ def accuracy_by_length(
         axes.set_ylim(-3, 103)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        if training_context is not None:
+        left, right = axes.get_xlim()
+        if training_context is not None and left <= training_context <= right:
             _mark_training_context(axes, training_context)
         axes.set_xlabel("prompt length (tokens" + (", × training context)" if training_context else ")"))
         axes.set_ylabel("exact answers, %")

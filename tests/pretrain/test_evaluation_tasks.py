@@ -365,13 +365,20 @@ def is_picture(path):
     return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
 
 
+def picture_width(path):
+    return int.from_bytes(path.read_bytes()[16:20], "big")
+
+
 def test_pictures_are_drawn(tokenizer, hay, tmp_path, monkeypatch):
     grid = run_niah(Reader(tokenizer, sight=150), tokenizer, hay, lengths=[160, 320], depths=3, samples=2)
     far = run_niah(Reader(tokenizer), tokenizer, hay, lengths=[160], distances=[32], samples=2)
     assert is_picture(plots.needle_map(grid, tmp_path / "new" / "map.png", model="m", training_context=160))
     assert is_picture(plots.needle_map(far, tmp_path / "far.png", model="m"))
     tasks = run_ruler(Oracle(tokenizer, monkeypatch), tokenizer, hay, lengths=[300], samples=2).tasks
-    assert is_picture(plots.accuracy_by_length(tasks, tmp_path / "ruler.png", model="m", training_context=256))
+    near = plots.accuracy_by_length(tasks, tmp_path / "ruler.png", model="m", training_context=256)
+    beyond = plots.accuracy_by_length(tasks, tmp_path / "beyond.png", model="m", training_context=1 << 20)
+    assert is_picture(near) and is_picture(beyond)
+    assert picture_width(beyond) < 1.2 * picture_width(near)  # a mark outside the axes would have stretched the page
     text = run_ppl(Scorer(), tokenizer, hay, contexts=[64, 256], unigram_counts=np.ones(tokenizer.vocab_size))
     assert is_picture(plots.perplexity_by_position(text, tmp_path / "ppl.png", model="m", training_context=64))
     assert not list(tmp_path.glob(".*"))  # nothing half-written stays
