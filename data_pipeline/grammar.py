@@ -21,9 +21,7 @@ WIDE_NOUNS: tuple[str, ...] = tuple(
     "locker,ticket,badge,account,room,signal,call sign,registration,order,address,PIN,score,result,answer,index,mark,"
     "flag,handle,value,entry,route,port,version,checksum,access code,phone number,lucky number,price,size,seat,"
     "license,hash,alias,title,motto,watchword,record,target,total,channel,parcel,invoice,shelf mark,map square,name,"
-    "nickname,term,phrase,expression,spelling,slogan,heading,topic,color,animal,tool,place,sign".split(
-        ","
-    )
+    "nickname,term,phrase,expression,spelling,slogan,heading,topic,color,animal,tool,place,sign".split(",")
 )
 WIDE_NEEDLES: tuple[str, ...] = (
     " The {noun} for {key} is {value}.",

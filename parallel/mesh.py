@@ -289,8 +289,8 @@ def initialize(
     resolved = device if isinstance(device, torch.device) else resolve_device(device)
     if resolved.type == "cuda":
         if parallel.tensor > 1 or parallel.context > 1:
-            # Read when the device is first used. With one queue kernels start in the order in which they were issued, so
-            # that an exchange begins before the products that it shall hide behind (Megatron asks for it under TP and CP).
+            # Read when the device is first used. With one queue kernels start in order of issue, so that an exchange
+            # begins before the products that it shall hide behind (Megatron asks for it under TP and CP).
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(resolved)
     if not torch.distributed.is_initialized():

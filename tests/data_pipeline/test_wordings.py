@@ -10,6 +10,7 @@ import pytest
 from data_pipeline import grammar, wordings
 from data_pipeline.errors import DataError
 from data_pipeline.grammar import HELD_OUT_DIGITS, wide_values
+from data_pipeline.recall import recall_events
 from data_pipeline.synthetic import SampleTooShort, build_sample, needle_haystack
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.wordings import held_out_value, near_keys
@@ -67,6 +68,28 @@ def test_kinds_of_values_that_evaluation_asks_for_are_never_trained() -> None:
         assert not hyphened.fullmatch(value) or set(value) <= set("0123456789abcdef-")
     for kind, pattern in (("number", number), ("word", hyphened), ("uuid", uuid)):
         assert pattern.fullmatch(held_out_value(rng, kind, HELD_OUT_DIGITS))
+
+
+def test_half_of_the_trained_values_are_words() -> None:
+    rng = np.random.default_rng(1)
+    values = [wide_values(rng, 1)[0] for _ in range(4000)]
+    words = [value for value in values if not any(character.isdigit() for character in value)]
+    assert 0.45 < len(words) / len(values) < 0.65
+
+
+def test_numbers_count_through_a_quarter_of_the_recall_samples(tokenizer: Tokenizer) -> None:
+    """Running numbers are pieces of their own in the text; they ask nothing and leave the last question last."""
+    counting = 0
+    for seed in range(200):
+        events = recall_events(np.random.default_rng(seed), tokenizer, 2048)
+        assert sum(len(event.tokens) for event in events) <= 2048 and events[-1].answer
+        said = [tokenizer.decode(event.tokens) for event in events if not event.answer]
+        counts = [re.findall(r"\d+", text) for text in said if re.fullmatch(r"\s(p\. )?[\[(]?\d[\d:.,-]*[\]).]?", text)]
+        if len(counts) > 8:
+            counting += 1
+            last = [int(numbers[-1]) for numbers in counts]
+            assert all(after in (before + 1, 1) for before, after in zip(last, last[1:], strict=False))
+    assert 30 < counting < 70
 
 
 def text(n: int) -> np.ndarray:
