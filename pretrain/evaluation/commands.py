@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.wordings import VALUES
 from pretrain.errors import RecipeError, RunDirError
 from pretrain.evaluation import lm_eval_adapter
-from pretrain.evaluation.units import parse_lengths
+from pretrain.evaluation.units import format_length, parse_lengths
 
 EXAMPLES = {
     "niah": "hsa eval niah runs/demo --lengths 1x,4x,16x,64x --depths 5 --samples 20\n"
@@ -124,6 +124,7 @@ class Loaded:
     run_dir: Path | None
     settings: dict[str, Any]  # what was asked of the engine
     top_k: tuple[int | None, ...] = ()  # those asked for, more than one only of shared texts
+    all_chunks: bool = False  # nothing else was asked for, and tokens of the checkpoint's stage read every chunk
 
     @property
     def title(self) -> str:
@@ -183,6 +184,7 @@ def load(args: argparse.Namespace) -> Loaded:
         window=int(done[-1].window) if done else None,
         run_dir=run_dir_of(checkpoint),
         top_k=tuple(ways),
+        all_chunks=not ways and loaded.recipe.model.ablations.hsa and bool(done) and done[-1].top_k is None,
         settings=asked,
     )
 
@@ -236,6 +238,7 @@ def main(args: argparse.Namespace) -> int:
     loaded = load(args)
     folder = Path(args.out) if args.out else (loaded.run_dir or Path.cwd()) / "eval"
     lengths = parse_lengths(args.lengths, context=loaded.context, window=loaded.window)
+    _say_what_all_chunks_cost(loaded, max(lengths))
     began = time.perf_counter()
     result, table, draw = _EVALUATIONS[args.evaluation](args, loaded, lengths)
 
@@ -253,6 +256,16 @@ def main(args: argparse.Namespace) -> int:
     if loaded.run_dir is not None:
         log_pictures(loaded.run_dir, [picture], _say)
     return 0
+
+
+def _say_what_all_chunks_cost(loaded: Loaded, longest: int) -> None:
+    """Reading every chunk is quick at the training length and quadratic beyond it."""
+    if loaded.all_chunks and loaded.context is not None and longest > loaded.context:
+        chunks = longest // loaded.model.recipe.model.chunk_size
+        _say(
+            f"stage {_stage_name(loaded.model.stage)} reads all chunks, {chunks:,} per token at "
+            f"{format_length(longest)}: --top-k 32 reads the best 32"
+        )
 
 
 def _say(line: str) -> None:

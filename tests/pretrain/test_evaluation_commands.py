@@ -61,9 +61,9 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "held_out.txt").write_text(TEXT * 40)
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     stages = [
-        types.SimpleNamespace(name="warmup", context=128, window=16),
-        types.SimpleNamespace(name="long", context=256, window=32),
-        types.SimpleNamespace(name="never", context=1 << 20, window=64),
+        types.SimpleNamespace(name="warmup", context=128, window=16, top_k=4),
+        types.SimpleNamespace(name="long", context=256, window=32, top_k=None),
+        types.SimpleNamespace(name="never", context=1 << 20, window=64, top_k=4),
     ]
     state = types.SimpleNamespace(run=run, tokenizer=tokenizer, engines=[], calls=[], tmp_path=tmp_path)
 
@@ -117,6 +117,13 @@ def test_niah_leaves_json_and_picture_in_the_run_and_prints_a_table(world, capsy
     assert "niah_single: exact answers in %" in out and str(world.run / "eval" / "niah.json") in out
     assert "niah_single at 1k: 0 of 6 exact" in err
     assert world.engines[0].options == {"top_k": 4, "full_prefill": True}
+
+
+def test_what_all_chunks_cost_is_said_beyond_the_training_context(world, capsys):
+    words = "stage long reads all chunks, 16 per token at 1k: --top-k 32 reads the best 32"
+    for options, said in ((["1x,4x"], True), (["1x"], False), (["4x", "--top-k", "8"], False)):
+        assert evaluate("niah", world.run, "--depths", 1, "--samples", 1, "--lengths", *options) == 0
+        assert (words in capsys.readouterr().err) == said
 
 
 def test_distance_counts_in_windows_and_files_go_where_they_are_told(world):
