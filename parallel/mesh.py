@@ -286,12 +286,12 @@ def initialize(
     parallel = parallel or ParallelConfig()
     place = _place()
     check_topology(parallel, place.world_size)
+    if parallel.tensor > 1 or parallel.context > 1:
+        # Before CUDA is asked for anything. With one queue kernels start in order of issue, so that an exchange begins
+        # before the products that it shall hide behind (Megatron asks for it under TP and CP).
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     resolved = device if isinstance(device, torch.device) else resolve_device(device)
     if resolved.type == "cuda":
-        if parallel.tensor > 1 or parallel.context > 1:
-            # Read when the device is first used. With one queue kernels start in order of issue, so that an exchange
-            # begins before the products that it shall hide behind (Megatron asks for it under TP and CP).
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(resolved)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(

@@ -55,11 +55,14 @@ class SharedMemory:
         self.replaced = torch.zeros(prompts, shared, dtype=torch.bool, device=self.k.device)
         self.numbers = torch.full((prompts, size), -1, dtype=torch.int64, device=self.k.device)
         self.own = self.landmarks.new_zeros(prompts, size, *self.landmarks.shape[2:])
-        kept, tokens = self.capacity * self.chunk_size, (self.capacity + prompts * size) * self.chunk_size
-        if tokens > self.k.shape[1]:
-            self.k, self.v = (
-                torch.cat((x[:, :kept], x.new_zeros(1, tokens - kept, *x.shape[2:])), 1) for x in (self.k, self.v)
-            )
+        if self.capacity + prompts * size > self.k.shape[1] // self.chunk_size:
+            self.k = self._grown(self.k, prompts * size)  # one after the other: the old of one is gone before the next
+            self.v = self._grown(self.v, prompts * size)
+
+    def _grown(self, x: Tensor, room: int) -> Tensor:
+        """The shared chunks of ``x``, with ``room`` empty chunks behind them."""
+        shared = x[:, : self.capacity * self.chunk_size]
+        return torch.cat((shared, x.new_zeros(1, room * self.chunk_size, *x.shape[2:])), 1)
 
     def put(self, prompt: Tensor, slot: Tensor, number: Tensor, new: ContextMemory) -> None:
         """Give prompts chunks of their own. prompt, slot, number int64 (n,): whose, which place in its overlay, which
