@@ -328,6 +328,11 @@ _CUES_MANY = (
     " The answers are",
     *(" They are", " These are", " Answer:", "\nAnswer:", " A:", " {keys}:"),
 )
+_WHERE = (  # behind a key in a question; a model that never saw any takes longer questions for text
+    *(" in the text", " in the text above", " above", " in this document", " on this page", " in the passage"),
+    *(" that was noted earlier", " as given before", " according to what you read", " from the pages before this"),
+)
+_WHERE_SHARE = 0.25  # of the questions
 _THINGS = tuple(
     "names,symbols,registers,cells,labels,letters,items,entries,constants,fields,parameters,places,slots,pointers".split(
         ","
@@ -371,6 +376,10 @@ def wide_wording(rng: np.random.Generator) -> tuple[str, str, str]:
         one, several = _asked(rng, _ASKS, _CUES, "{key}"), _asked(rng, _ASKS_MANY, _CUES_MANY, "{keys}")
     if rng.random() < 0.5:  # the answer is what is marked, without the marks
         needle = str(needle).replace(" {value}", str(choice(rng, _MARKED)).replace("V", "{value}"))
+    where = _where(rng)
+    one, several = (
+        str(text).replace("{key}", f"{{key}}{where}").replace("{keys}", f"{{keys}}{where}") for text in (one, several)
+    )
     return (
         str(needle).replace("{noun}", noun),
         str(one).replace("{noun}", asked),
@@ -388,8 +397,14 @@ def wide_variables(rng: np.random.Generator) -> tuple[str, str, str]:
         first, then = f" {declared}{{name}}{equal}{{value}}{end}", f" {declared}{{name}}{equal}{again}{{other}}{end}"
     if rng.random() < 0.4:
         return first, then, str(choice(rng, WIDE_CHAINS))
-    question = _asked(rng, _LISTING, _LISTED, "{holding}").replace("{holding}", str(choice(rng, _HOLDING)))
+    holding = f"{choice(rng, _HOLDING)}{_where(rng)}"
+    question = _asked(rng, _LISTING, _LISTED, "{holding}").replace("{holding}", holding)
     return first, then, question.replace("{things}", str(choice(rng, _THINGS)))
+
+
+def _where(rng: np.random.Generator) -> str:
+    """Where a question says that the fact stood; mostly nothing."""
+    return str(choice(rng, _WHERE)) if rng.random() < _WHERE_SHARE else ""
 
 
 def _declarator(rng: np.random.Generator) -> str:

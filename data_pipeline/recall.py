@@ -33,11 +33,14 @@ _COUNTS = ("{a}:{b}", "{a}:{b}", "{a}.{b}", "{b}.", "{b}", "[{b}]", "({b})", "{a
 
 @dataclass
 class Event:
-    """A piece of a sample. time: 0 (start) to 1 (end). tokens int32; answer: how many at its end are answer and eos."""
+    """A piece of a sample. time: 0 (start) to 1 (end). tokens int32; answer: how many at its end are answer and eos;
+    text: whether it is learnt as the text around it is.
+    """
 
     time: float
     tokens: np.ndarray
     answer: int = 0
+    text: bool = False
 
 
 def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -> list[Event]:
@@ -110,7 +113,11 @@ def _chain(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
 
 
 def _running_numbers(rng: np.random.Generator, tokenizer: Tokenizer, room: int) -> list[Event]:
-    """Numbers that count on through the text, in one style, and are no answer to anything; at most ``room`` tokens."""
+    """Numbers that count on through the text, in one style, and are no answer to anything; at most ``room`` tokens.
+
+    They are text to be learnt: were they left out of the loss, text would be all that ever follows a sentence, and a
+    model would no longer expect the verse numbers of a Bible.
+    """
     style, line = str(choice(rng, _COUNTS)), str(choice(rng, ("\n", " ")))
     a, b, last = (int(n) for n in rng.integers(1, (60, 30, 60)))
     pieces: list[np.ndarray] = []
@@ -123,7 +130,7 @@ def _running_numbers(rng: np.random.Generator, tokenizer: Tokenizer, room: int) 
         pieces.append(piece)
         a, b = (a, b + 1) if b < last else (a + 1, 1)
     steps = (np.arange(len(pieces)) + rng.random(len(pieces))) / max(1, len(pieces))
-    return [Event(time, piece) for time, piece in zip(steps.tolist(), pieces, strict=True)]
+    return [Event(time, piece, text=True) for time, piece in zip(steps.tolist(), pieces, strict=True)]
 
 
 def _question(rng: np.random.Generator, tokenizer: Tokenizer, facts: Facts, after: float) -> Event:

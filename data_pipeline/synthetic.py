@@ -32,6 +32,8 @@ from data_pipeline.wordings import (
 )
 
 _LAST = 0.1  # share of free samples whose needle stands directly before the question: text hardly ever asks there
+_REPEATED = 0.1  # share of recall samples whose text is one passage over and over, of so many tokens
+_PASSAGE = (16, 257)
 _SNAP = 48  # a needle moves by at most this many tokens to follow the end of a sentence
 
 
@@ -219,7 +221,9 @@ def _recall(
     if not events:
         raise SampleTooShort(f"recall found no fact that fits into {length} tokens; use a longer context")
     pieces = [event.tokens for event in events]
-    text = np.asarray(haystack(length - sum(map(len, pieces))), dtype=np.int32)
+    room = length - sum(map(len, pieces))
+    passage = min(room, int(rng.integers(*_PASSAGE))) if rng.random() < _REPEATED else room
+    text = np.resize(np.asarray(haystack(passage), dtype=np.int32), room)
     times = np.array([event.time for event in events])
     parts = _spread(text, pieces, times, tokenizer.sentence_ends)
     answer, predictable = np.zeros(length, dtype=bool), np.ones(length, dtype=bool)
@@ -227,8 +231,8 @@ def _recall(
     for i, part in enumerate(parts):
         end = position + len(part)
         if i % 2:  # text and pieces alternate, in the order of time
-            predictable[position:end] = False
             event = events[i // 2]
+            predictable[position:end] = event.text
             answer[end - event.answer : end] = event.answer > 0
         position = end
     tokens = np.concatenate(parts).astype(np.int32)

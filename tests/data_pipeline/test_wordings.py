@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline import grammar, wordings
 from data_pipeline.errors import DataError
-from data_pipeline.grammar import HELD_OUT_DIGITS, wide_values
+from data_pipeline.grammar import _WHERE, HELD_OUT_DIGITS, wide_values, wide_variables, wide_wording
 from data_pipeline.recall import recall_events
 from data_pipeline.synthetic import SampleTooShort, build_sample, needle_haystack
 from data_pipeline.tokenizer import Tokenizer
@@ -89,7 +89,36 @@ def test_numbers_count_through_a_quarter_of_the_recall_samples(tokenizer: Tokeni
             counting += 1
             last = [int(numbers[-1]) for numbers in counts]
             assert all(after in (before + 1, 1) for before, after in zip(last, last[1:], strict=False))
+            assert sum(event.text for event in events) == len(counts)
+        else:
+            assert not any(event.text for event in events)
     assert 30 < counting < 70
+
+
+def test_running_numbers_are_learnt_as_text_and_facts_are_not(tokenizer: Tokenizer) -> None:
+    """Left out of the loss they would teach that no number ever follows a sentence."""
+    seed = next(s for s in range(50) if any(e.text for e in recall_events(np.random.default_rng(s), tokenizer, 2048)))
+    numbers = sum(len(e.tokens) for e in recall_events(np.random.default_rng(seed), tokenizer, 2048) if e.text)
+    sample = build_sample("recall", np.random.default_rng(seed), tokenizer, text, 2048)
+    assert sample.text_mask.sum() == (sample.tokens == 1).sum() + numbers
+
+
+def test_one_recall_sample_in_ten_repeats_a_passage(tokenizer: Tokenizer) -> None:
+    asked: list[int] = []
+
+    def some(n: int) -> np.ndarray:
+        asked.append(n)
+        return np.arange(n, dtype=np.int32) % 7 + 1
+
+    samples = [build_sample("recall", np.random.default_rng(s), tokenizer, some, 2048) for s in range(200)]
+    assert all(len(sample.tokens) == 2048 for sample in samples) and len(asked) == 200
+    assert 8 < sum(n < 257 for n in asked) < 40
+
+
+def test_a_quarter_of_the_questions_say_where_the_fact_stood() -> None:
+    rng = np.random.default_rng(2)
+    questions = [wide_wording(rng)[1] for _ in range(1000)] + [wide_variables(rng)[2] for _ in range(1000)]
+    assert 0.15 < sum(any(where in question for where in _WHERE) for question in questions) / 2000 < 0.4
 
 
 def text(n: int) -> np.ndarray:
@@ -108,7 +137,7 @@ def test_recall_asks_after_the_fact_and_answers_right(tokenizer: Tokenizer, leng
             continue
         assert sample.tokens.shape == (length,) and sample.tokens[-1] == tokenizer.eos_id
         assert not (sample.answer_mask & sample.text_mask).any()
-        assert np.array_equal(sample.tokens == 1, sample.text_mask)
+        assert sample.text_mask[sample.tokens == 1].all()
         edges = np.flatnonzero(np.diff(np.r_[0, sample.answer_mask.astype(int), 0]))
         for start, end in zip(edges[::2], edges[1::2], strict=True):
             assert sample.tokens[end - 1] == tokenizer.eos_id
