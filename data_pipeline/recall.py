@@ -27,6 +27,17 @@ _CHAINS = 0.4  # share of groups that are chains of variables
 _ASKED = 0.8  # share of facts that are asked for
 _AT_ONCE = 0.15  # share of questions that follow their fact directly
 _FILL, _FILL_LIST = 0.6, 0.9  # largest share of the sample that facts and questions take
+_MENTIONED = 0.3  # share of groups outside lists whose keys and names stand in other sentences, too
+_MENTIONS = (
+    *(" The {word} was there again.", " Nobody spoke of {word} that day.", " We saw {word} and went on."),
+    *(
+        " Then came {word}, and all was quiet.",
+        " It is not about {word}.",
+        " {word} is a word like others.",
+        " {word}\n",
+    ),
+    *(" Some say {word}, some do not.", " See also {word}.", ' "{word}" is mentioned in passing.', " as {word} does;"),
+)
 _COUNTED = 0.25  # share of samples whose text carries running numbers, as verses, paragraphs and pages do
 _COUNTS = ("{a}:{b}", "{a}:{b}", "{a}.{b}", "{b}.", "{b}", "[{b}]", "({b})", "{a}-{b}", "p. {b}", "{a},{b}")
 
@@ -63,7 +74,7 @@ def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -
             continue
         events += group
         used += size
-        facts += sum(not event.answer for event in group)
+        facts += sum(not event.answer and not event.text for event in group)
         if as_list:
             break
     questions = [event for event in events if event.answer]
@@ -102,14 +113,24 @@ def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: b
             question = several.format(keys=f"{keys[first]} and {keys[second]}")
             answer, after = f" {values[first]} and {values[second]}", max(times[i], times[also])
         events.append(_question(rng, tokenizer, Facts([], question, answer), after))
-    return events
+    return events if as_list else events + _mentions(rng, tokenizer, keys)
 
 
 def _chain(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
     facts = variable_facts(rng, "wide", 0, int(rng.integers(1, 5)))
     times = np.sort(rng.random(len(facts.needles)))
     events = [Event(t, tokenizer.encode_words(n)) for t, n in zip(times.tolist(), facts.needles, strict=True)]
-    return [*events, _question(rng, tokenizer, facts, float(times[-1]))]
+    names = facts.answer.strip().split(", ")
+    return [*events, _question(rng, tokenizer, facts, float(times[-1])), *_mentions(rng, tokenizer, names)]
+
+
+def _mentions(rng: np.random.Generator, tokenizer: Tokenizer, words: list[str]) -> list[Event]:
+    """Sentences that name a key and tell nothing about it: in a long text a fact is found by more than its word."""
+    if rng.random() >= _MENTIONED:
+        return []
+    count = int(rng.integers(1, 5))
+    sentences = [str(choice(rng, _MENTIONS)).format(word=choice(rng, tuple(words))) for _ in range(count)]
+    return [Event(float(rng.random()), tokenizer.encode_words(sentence), text=True) for sentence in sentences]
 
 
 def _running_numbers(rng: np.random.Generator, tokenizer: Tokenizer, room: int) -> list[Event]:

@@ -10,7 +10,7 @@ import pytest
 from data_pipeline import grammar, wordings
 from data_pipeline.errors import DataError
 from data_pipeline.grammar import _WHERE, HELD_OUT_DIGITS, wide_values, wide_variables, wide_wording
-from data_pipeline.recall import recall_events
+from data_pipeline.recall import _MENTIONS, recall_events
 from data_pipeline.synthetic import SampleTooShort, build_sample, needle_haystack
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.wordings import held_out_value, near_keys
@@ -89,18 +89,39 @@ def test_numbers_count_through_a_quarter_of_the_recall_samples(tokenizer: Tokeni
             counting += 1
             last = [int(numbers[-1]) for numbers in counts]
             assert all(after in (before + 1, 1) for before, after in zip(last, last[1:], strict=False))
-            assert sum(event.text for event in events) == len(counts)
-        else:
-            assert not any(event.text for event in events)
+            assert sum(event.text for event in events) >= len(counts)
     assert 30 < counting < 70
 
 
 def test_running_numbers_are_learnt_as_text_and_facts_are_not(tokenizer: Tokenizer) -> None:
     """Left out of the loss they would teach that no number ever follows a sentence."""
-    seed = next(s for s in range(50) if any(e.text for e in recall_events(np.random.default_rng(s), tokenizer, 2048)))
-    numbers = sum(len(e.tokens) for e in recall_events(np.random.default_rng(seed), tokenizer, 2048) if e.text)
-    sample = build_sample("recall", np.random.default_rng(seed), tokenizer, text, 2048)
-    assert sample.text_mask.sum() == (sample.tokens == 1).sum() + numbers
+    some = 0
+    for seed in range(30):
+        numbers = sum(len(e.tokens) for e in recall_events(np.random.default_rng(seed), tokenizer, 2048) if e.text)
+        sample = build_sample("recall", np.random.default_rng(seed), tokenizer, text, 2048)
+        assert sample.text_mask.sum() == (sample.tokens == 1).sum() + numbers
+        some += numbers > 0
+    assert some > 5
+
+
+_SENTENCE = "|".join(re.escape(frame).replace(re.escape("{word}"), "(.+)") for frame in _MENTIONS)
+
+
+def test_keys_are_mentioned_without_being_told_of(tokenizer: Tokenizer) -> None:
+    """Mentions are text, name a key that is asked for or a name of a chain, and stay rarer than facts."""
+    mentioned = facts = 0
+    for seed in range(100):
+        events = recall_events(np.random.default_rng(seed), tokenizer, 4096)
+        said = [tokenizer.decode(e.tokens) for e in events if e.text]
+        mentions = [s for s in said if re.search("[a-z]{2}", s) and not re.match(r"\sp\. \d", s)]
+        whole = "".join(tokenizer.decode(e.tokens) for e in events if not e.text)
+        words = [
+            next(filter(None, match.groups())) for match in (re.fullmatch(_SENTENCE, s) for s in mentions) if match
+        ]
+        assert len(words) == len(mentions)
+        assert all(word in whole for word in words), (mentions, words)
+        mentioned, facts = mentioned + len(mentions), facts + sum(not e.answer and not e.text for e in events)
+    assert 0.05 < mentioned / facts < 0.6
 
 
 def test_one_recall_sample_in_ten_repeats_a_passage(tokenizer: Tokenizer) -> None:
