@@ -4,7 +4,8 @@ One question per sample teaches with a dozen tokens out of thousands. Here facts
 text, single, in groups worded alike, as chains of variables or, in three samples of ten, as a long list, often with
 keys that differ in one word of three; questions about them come at any place behind their fact, each closed by its
 answer and an end-of-document token, and the text goes on after that. The last question ends the sample, so that it
-looks like every other task's.
+looks like every other task's. The text is made harder to tell from facts: running numbers go through it, sentences
+name keys and say nothing of them, one passage fills it.
 """
 
 from __future__ import annotations
@@ -29,15 +30,20 @@ _AT_ONCE = 0.15  # share of questions that follow their fact directly
 _FILL, _FILL_LIST = 0.6, 0.9  # largest share of the sample that facts and questions take
 _MENTIONED = 0.3  # share of groups outside lists whose keys and names stand in other sentences, too
 _MENTIONS = (
-    *(" The {word} was there again.", " Nobody spoke of {word} that day.", " We saw {word} and went on."),
-    *(
-        " Then came {word}, and all was quiet.",
-        " It is not about {word}.",
-        " {word} is a word like others.",
-        " {word}\n",
-    ),
-    *(" Some say {word}, some do not.", " See also {word}.", ' "{word}" is mentioned in passing.', " as {word} does;"),
+    " The {word} was there again.",
+    " Nobody spoke of {word} that day.",
+    " We saw {word} and went on.",
+    " Then came {word}, and all was quiet.",
+    " It is not about {word}.",
+    " {word} is a word like others.",
+    " {word}\n",
+    " Some say {word}, some do not.",
+    " See also {word}.",
+    ' "{word}" is mentioned in passing.',
+    " as {word} does;",
 )
+_REPEATED = 0.1  # share of samples whose text is one passage over and over
+_PASSAGE = (16, 257)  # of so many tokens
 _COUNTED = 0.25  # share of samples whose text carries running numbers, as verses, paragraphs and pages do
 _COUNTS = ("{a}:{b}", "{a}:{b}", "{a}.{b}", "{b}.", "{b}", "[{b}]", "({b})", "{a}-{b}", "p. {b}", "{a},{b}")
 
@@ -86,6 +92,11 @@ def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -
     events.sort(key=lambda event: event.time)
     last = max(i for i, event in enumerate(events) if event.answer)
     return events[: last + 1]
+
+
+def text_length(rng: np.random.Generator, room: int) -> int:
+    """How many tokens of text a sample needs for ``room``: all, or a passage that fills it over and over."""
+    return min(room, int(rng.integers(*_PASSAGE))) if rng.random() < _REPEATED else room
 
 
 def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: bool) -> list[Event]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline.config import TASKS
 from data_pipeline.errors import DataError
-from data_pipeline.recall import recall_events
+from data_pipeline.recall import recall_events, text_length
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.wordings import (
     FREQUENT,
@@ -32,8 +32,6 @@ from data_pipeline.wordings import (
 )
 
 _LAST = 0.1  # share of free samples whose needle stands directly before the question: text hardly ever asks there
-_REPEATED = 0.1  # share of recall samples whose text is one passage over and over, of so many tokens
-_PASSAGE = (16, 257)
 _SNAP = 48  # a needle moves by at most this many tokens to follow the end of a sentence
 
 
@@ -222,8 +220,7 @@ def _recall(
         raise SampleTooShort(f"recall found no fact that fits into {length} tokens; use a longer context")
     pieces = [event.tokens for event in events]
     room = length - sum(map(len, pieces))
-    passage = min(room, int(rng.integers(*_PASSAGE))) if rng.random() < _REPEATED else room
-    text = np.resize(np.asarray(haystack(passage), dtype=np.int32), room)
+    text = np.resize(np.asarray(haystack(text_length(rng, room)), dtype=np.int32), room)
     times = np.array([event.time for event in events])
     parts = _spread(text, pieces, times, tokenizer.sentence_ends)
     answer, predictable = np.zeros(length, dtype=bool), np.ones(length, dtype=bool)

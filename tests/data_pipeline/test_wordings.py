@@ -115,10 +115,9 @@ def test_keys_are_mentioned_without_being_told_of(tokenizer: Tokenizer) -> None:
         said = [tokenizer.decode(e.tokens) for e in events if e.text]
         mentions = [s for s in said if re.search("[a-z]{2}", s) and not re.match(r"\sp\. \d", s)]
         whole = "".join(tokenizer.decode(e.tokens) for e in events if not e.text)
-        words = [
-            next(filter(None, match.groups())) for match in (re.fullmatch(_SENTENCE, s) for s in mentions) if match
-        ]
-        assert len(words) == len(mentions)
+        found = [re.fullmatch(_SENTENCE, mention) for mention in mentions]
+        assert all(found), mentions
+        words = [match[match.lastindex] for match in found if match and match.lastindex]
         assert all(word in whole for word in words), (mentions, words)
         mentioned, facts = mentioned + len(mentions), facts + sum(not e.answer and not e.text for e in events)
     assert 0.05 < mentioned / facts < 0.6
