@@ -202,10 +202,11 @@ def _letters(rng: np.random.Generator) -> str:
 
 def _compound(rng: np.random.Generator) -> str:
     """Two to four words, names, numbers or hexadecimal groups joined by one sign; words alone not by a hyphen, because
-    evaluation asks for those."""
+    evaluation asks for those; never by a full stop, which would make it doubtful where a sentence's value ends.
+    """
     count = int(rng.integers(2, 5))
     makers = [choice(rng, _PARTS) for _ in range(count)]
-    joint = str(choice(rng, ("-", "-", "_", ".", "/", ":", "+", "")))
+    joint = str(choice(rng, ("-", "-", "_", "/", ":", "+", "")))
     parts = [make(rng) for make in makers]  # type: ignore[operator]
     if all(part.isdigit() for part in parts):
         parts[-1] = _noun(rng)
@@ -216,7 +217,7 @@ def _compound(rng: np.random.Generator) -> str:
 
 def _words(rng: np.random.Generator) -> str:
     """Two to four words or names joined by one sign, which is not the hyphen of evaluation's values."""
-    joint = str(choice(rng, (" ", " ", "_", "_", "/", ".", ":", "+", "~", ", ", "")))
+    joint = str(choice(rng, (" ", " ", "_", "_", "/", ":", "+", "~", "")))
     return joint.join(choice(rng, _WORDS)(rng) for _ in range(int(rng.integers(2, 5))))  # type: ignore[operator]
 
 

@@ -19,7 +19,7 @@ from pretrain.new_folder import whole_folder
 
 MODELING = "modeling_hsa_ultralong.py"
 SHARD_BYTES = 4 << 30
-# Fields of a model's description that say how it was trained, not what it is; of experiments none is exported.
+# Fields of a model's description that say how it was trained, not what it is; of experiments only `bypass` is exported.
 TRAINING_FIELDS = ("preset", "init_std", "expert_bias_update_rate", "ablations")
 
 
@@ -34,7 +34,8 @@ def main(args: argparse.Namespace) -> int:
     from pretrain.model_io import load_for_inference
 
     loaded = load_for_inference(args.checkpoint)
-    if options := loaded.recipe.model.ablations.named():
+    options = [name for name in loaded.recipe.model.ablations.named() if name != "bypass"]
+    if options:
         raise RunDirError(
             f"{args.checkpoint}: model.ablations.{options[0]} is an experiment, which no exported model can have: "
             "export one that was trained without it"
@@ -73,6 +74,7 @@ def exported_config(model: ModelConfig, **more: Any) -> dict[str, Any]:
         },
         **sizes,
         "layer_kinds": model.layer_kinds(),
+        "bypass": model.ablations.bypass,
         "tie_word_embeddings": False,
         "use_cache": False,
         **more,

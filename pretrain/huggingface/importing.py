@@ -10,14 +10,14 @@ import argparse
 import json
 import shutil
 import tempfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.model_config import ModelConfig
+from parallel.model_config import Ablations, ModelConfig
 from pretrain.errors import RecipeError, RunDirError
 from pretrain.huggingface.dense import dense_sizes, fill_dense, read_gguf
 from pretrain.huggingface.export import TRAINING_FIELDS
@@ -108,12 +108,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 def model_of(config: dict[str, Any]) -> ModelConfig:
     """The sizes that an exported config.json states."""
     known = {field.name for field in fields(ModelConfig)}
-    return ModelConfig(**{name: value for name, value in config.items() if name in known})
+    sizes = {name: value for name, value in config.items() if name in known}
+    return ModelConfig(**sizes, ablations=Ablations(bypass=config.get("bypass", True)))
 
 
 def sizes_of(model: ModelConfig) -> dict[str, Any]:
     """What two models must share to have the same weights and outputs."""
-    return {f.name: getattr(model, f.name) for f in fields(model) if f.name not in TRAINING_FIELDS}
+    sizes = {f.name: getattr(model, f.name) for f in fields(model) if f.name not in TRAINING_FIELDS}
+    return {**sizes, "ablations.bypass": model.ablations.bypass}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -166,7 +168,7 @@ def recipe_for(args: argparse.Namespace, model: ModelConfig, config: dict[str, A
     raw = {
         "name": str(trained.get("name", args.folder.stem)),
         "precision": trained.get("precision", "fp32"),
-        "model": {field.name: getattr(model, field.name) for field in fields(model) if field.name != "preset"},
+        "model": {name: value for name, value in asdict(model).items() if name != "preset"},
         "data": {"tokenizer": str((args.out / "tokenizer.json").absolute()), "lanes": 1},
         "batch": 1,
         "stages": [stage],

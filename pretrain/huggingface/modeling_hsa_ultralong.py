@@ -235,7 +235,9 @@ class HierarchicalSparseAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """r = x + window(x); h = HSA(r); out = r + MLP(norm(r + h)): HSA feeds the MLP and stays out of the residual."""
+    """r = x + window(x); h = HSA(r); out = r + MLP(norm(r + h)): HSA feeds the MLP and stays out of the residual,
+    unless the configuration's `bypass` is false: out = (r + h) + MLP(norm(r + h)).
+    """
 
     def __init__(self, c, index):
         super().__init__()
@@ -247,6 +249,7 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(hidden, eps)
         experts = c["num_experts"] > 0 and index >= c["dense_layers"]
         self.mlp = MixtureOfExperts(c) if experts else MLP(hidden, c["ffn_hidden_size"])
+        self.bypass = c.get("bypass", True)
 
     def forward(self, x, memory, window, hsa_window, top_k):
         if "swa" in self.kind:
@@ -254,7 +257,7 @@ class DecoderLayer(nn.Module):
         y = x
         if "hsa" in self.kind and memory is not None:
             y = x + self.hsa(self.hsa_norm(x), memory, top_k)
-        return x + self.mlp(self.mlp_norm(y))
+        return (x if self.bypass else y) + self.mlp(self.mlp_norm(y))
 
 
 class HSAUltraLong(nn.Module):

@@ -118,7 +118,7 @@ def test_streaming_equals_the_full_forward(window, tmp_path):
 
 
 def test_the_plan_counts_no_memory():
-    recipe = load_recipe("h100-16m", ["model.ablations.hsa=false"]).recipe
+    recipe = load_recipe("h100-16m", ["model.ablations.hsa=false", "model.ablations.bypass=true"]).recipe
     with_hsa = load_recipe("h100-16m").recipe
     bytes_ = memory_per_gpu(recipe, recipe.stages[-1], 1)
     assert bytes_["weights"] == 2 * count_parameters(recipe.model).total

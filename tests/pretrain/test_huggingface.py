@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.tokenizer import Tokenizer, train_bpe
 from parallel import mesh
-from parallel.model_config import ModelConfig
+from parallel.model_config import Ablations, ModelConfig
 from pretrain import cli
 from pretrain.errors import RecipeError, RunDirError
 from pretrain.huggingface.export import MODELING, export_model
@@ -28,6 +28,7 @@ SIZES = dict(
 VARIANTS = {
     "experts, tied": {},
     "one expert per token, untied": dict(experts_per_token=1, tied_embeddings=False, retrieval_heads=1),
+    "no bypass": dict(ablations=Ablations(bypass=False)),
     "dense, hsa layers of their own": dict(num_experts=0, swa_in_hsa=False, hsa_kv_heads=1, retrieval_heads=1),
 }
 TEXT = "The grass was dry and long that year. Nobody came to cut it, and the wind lay down in it. " * 3
