@@ -26,8 +26,13 @@ _NEAR = 0.6  # share of lists whose keys are hard to tell apart
 _LIST_ASKED = 220  # one question per so many tokens of a list, 12 at least
 _CHAINS = 0.4  # share of groups that are chains of variables
 _ASKED = 0.8  # share of facts that are asked for
+_TOGETHER = 0.3  # share of questions that ask for several keys at once
+_SEVERAL = (2, 2, 2, 3, 4)  # for so many
+_VALUES = 0.1  # share of groups that are several values of one key, all asked for
 _AT_ONCE = 0.15  # share of questions that follow their fact directly
+_FIRST = 0.15  # share of samples that open with a fact: nothing stands before it, which random places hardly ever give
 _FILL, _FILL_LIST = 0.6, 0.9  # largest share of the sample that facts and questions take
+_LINKS = (" and ", ", and ", ", ")  # before the last of three and more
 _MENTIONED = 0.3  # share of groups outside lists whose keys and names stand in other sentences, too
 _MENTIONS = (
     " The {word} was there again.",
@@ -87,6 +92,8 @@ def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -
     if not questions:
         return []
     max(questions, key=lambda event: event.time).time = 1.0
+    if rng.random() < _FIRST:
+        min((event for event in events if not event.answer and not event.text), key=lambda event: event.time).time = 0.0
     if rng.random() < _COUNTED:
         events += _running_numbers(rng, tokenizer, int(0.95 * length) - used)
     events.sort(key=lambda event: event.time)
@@ -103,6 +110,8 @@ def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: b
     """Facts worded alike with their questions; every question stands behind its facts in the list and in time."""
     if not as_list and rng.random() < _CHAINS:
         return _chain(rng, tokenizer)
+    if not as_list and rng.random() < _VALUES:
+        return _values(rng, tokenizer)
     needle, one, several = wide_wording(rng)
     count = left if as_list else 1 if rng.random() < 0.4 else min(left, int(rng.integers(2, 9)))
     near = as_list and rng.random() < _NEAR
@@ -116,15 +125,35 @@ def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: b
         events.append(Event(times[i], tokenizer.encode_words(needle.format(key=key, value=value))))
         if not asked[i]:
             continue
-        also = int(rng.integers(i)) if i and rng.random() < 0.3 else None
-        if also is None:
-            question, answer, after = one.format(key=key), f" {value}", times[i]
+        group = [i]
+        if i and rng.random() < _TOGETHER:
+            group += rng.permutation(i)[: int(choice(rng, _SEVERAL)) - 1].tolist()  # type: ignore[call-overload]
+        if len(group) == 1:
+            question, answer = one.format(key=key), f" {value}"
         else:
-            first, second = (i, also) if rng.random() < 0.5 else (also, i)
-            question = several.format(keys=f"{keys[first]} and {keys[second]}")
-            answer, after = f" {values[first]} and {values[second]}", max(times[i], times[also])
+            rng.shuffle(group)
+            link = str(choice(rng, _LINKS))
+            question = several.format(keys=_joined([keys[j] for j in group], link))
+            answer = f" {_joined([values[j] for j in group], link)}"
+        after = max(times[j] for j in group)
         events.append(_question(rng, tokenizer, Facts([], question, answer), after))
     return events if as_list else events + _mentions(rng, tokenizer, keys)
+
+
+def _joined(words: list[str], link: str) -> str:
+    """A list in words: "a and b", "a, b{link}c"."""
+    return " and ".join(words) if len(words) == 2 else f"{', '.join(words[:-1])}{link}{words[-1]}"
+
+
+def _values(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
+    """Several values of one key, and a question for all of them behind the last, answered in the order of the text."""
+    needle, _, several = wide_wording(rng)
+    (key,), values = wide_keys(rng, 1), wide_values(rng, int(choice(rng, _SEVERAL)))  # type: ignore[call-overload]
+    times = np.sort(rng.random(len(values)))
+    needles = (tokenizer.encode_words(needle.format(key=key, value=value)) for value in values)
+    events = [Event(time, tokens) for time, tokens in zip(times.tolist(), needles, strict=True)]
+    facts = Facts([], several.format(keys=key), f" {_joined(values, str(choice(rng, _LINKS)))}")
+    return [*events, _question(rng, tokenizer, facts, float(times[-1]))]
 
 
 def _chain(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:

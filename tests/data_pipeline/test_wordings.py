@@ -10,7 +10,7 @@ import pytest
 from data_pipeline import grammar, wordings
 from data_pipeline.errors import DataError
 from data_pipeline.grammar import _WHERE, HELD_OUT_DIGITS, wide_values, wide_variables, wide_wording
-from data_pipeline.recall import _MENTIONS, recall_events
+from data_pipeline.recall import _MENTIONS, _values, recall_events
 from data_pipeline.synthetic import SampleTooShort, build_sample, needle_haystack
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.wordings import held_out_value, near_keys
@@ -141,6 +141,43 @@ def test_a_quarter_of_the_questions_say_where_the_fact_stood() -> None:
     assert 0.15 < sum(any(where in question for where in _WHERE) for question in questions) / 2000 < 0.4
 
 
+def test_one_recall_sample_in_seven_opens_with_a_fact(tokenizer: Tokenizer) -> None:
+    """A needle with nothing in front of it looks unlike all others; random places hardly ever give one."""
+    opening = 0
+    for seed in range(200):
+        first = recall_events(np.random.default_rng(seed), tokenizer, 2048)[0]
+        if first.time == 0.0:
+            opening += 1
+            sample = build_sample("recall", np.random.default_rng(seed), tokenizer, text, 2048)
+            assert np.array_equal(sample.tokens[: len(first.tokens)], first.tokens) and not first.answer + first.text
+    assert 15 < opening < 50
+
+
+def test_several_values_are_asked_for_at_once(tokenizer: Tokenizer) -> None:
+    """Up to four, of different keys in the order of the question, of one key in the order of the text."""
+    sizes: list[int] = []
+    for seed in range(200):
+        said = ""
+        for event in recall_events(np.random.default_rng(seed), tokenizer, 2048):
+            words = tokenizer.decode(event.tokens)
+            if event.answer:
+                answer = tokenizer.decode(event.tokens[-event.answer : -1]).strip()
+                values = re.split(", and | and |, ", answer)
+                sizes.append(len(values))
+                assert all(value in said for value in values)
+            said += words
+    assert {1, 2, 3, 4} <= set(sizes) and 0.05 < sum(n in (3, 4) for n in sizes) / len(sizes) < 0.4
+    rng, in_order = np.random.default_rng(5), 0
+    for _ in range(20):
+        *needles, question = _values(rng, tokenizer)
+        texts = [tokenizer.decode(needle.tokens) for needle in sorted(needles, key=lambda event: event.time)]
+        values = re.split(", and | and |, ", tokenizer.decode(question.tokens[-question.answer : -1]).strip())
+        assert len(values) == len(texts) and question.time >= max(needle.time for needle in needles)
+        assert all(value in needle for value, needle in zip(values, texts, strict=True))
+        in_order += len(values)
+    assert in_order > 40
+
+
 def text(n: int) -> np.ndarray:
     return np.ones(n, dtype=np.int32)
 
@@ -162,7 +199,7 @@ def test_recall_asks_after_the_fact_and_answers_right(tokenizer: Tokenizer, leng
         for start, end in zip(edges[::2], edges[1::2], strict=True):
             assert sample.tokens[end - 1] == tokenizer.eos_id
             before = tokenizer.decode(sample.tokens[:start])
-            for word in re.split(" and |, ", tokenizer.decode(sample.tokens[start : end - 1]).strip()):
+            for word in re.split(", and | and |, ", tokenizer.decode(sample.tokens[start : end - 1]).strip()):
                 assert word in before
             answered += 1
     assert answered > 40
