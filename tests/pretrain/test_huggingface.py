@@ -144,6 +144,7 @@ def test_out_and_back_gives_the_same_bits(tmp_path, variant, capsys):
     assert loaded.tokenizer.fingerprint == Tokenizer(folder / "tokenizer.json").fingerprint
     mesh.shutdown()
     assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 0
+    assert not torch.distributed.is_initialized()  # a command takes down what it has set up
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert (tmp_path / "again" / MODELING).read_bytes() == (folder / MODELING).read_bytes()
 
