@@ -27,7 +27,7 @@ from data_pipeline.batch import PackedBatch
 from parallel import compat, mesh
 from parallel.context import traffic
 from parallel.mesh import ParallelConfig
-from parallel.model_config import ModelConfig
+from parallel.model_config import Ablations, ModelConfig
 from parallel.optimizer import OptimizerSettings, build_optimizer, wrap_model
 from parallel.optional import ComputeConfig
 from pretrain.layout_forward import whole_logits
@@ -110,7 +110,7 @@ def run(job, device):
     parallel = ParallelConfig(**job["parallel"])
     mesh.initialize(parallel, device, seed=1, timeout_minutes=TIMEOUT[device.type])
     mesh.check_topology(parallel, mesh.world_size())
-    model = ModelConfig(**{**SMALL, **job.get("model", {})})
+    model = ModelConfig(**{**SMALL, **job.get("model", {})}, ablations=Ablations(bypass=job.get("bypass", True)))
     chunks = build_chunks(
         model,
         max_length=job["length"],

@@ -39,8 +39,9 @@ LAYOUTS = {
             "parallel": {"context": 2}, "recompute": "selective", "model": Z_LOSS, **FEW,
         },
         "pipeline": {"parallel": {"pipeline": 2}},
-        "pipeline, untied": {
-            "parallel": {"pipeline": 2}, "model": {"tied_embeddings": False}, "recompute": "full", **FEW,
+        "pipeline, untied, no bypass": {
+            "parallel": {"pipeline": 2}, "model": {"tied_embeddings": False}, "recompute": "full", "bypass": False,
+            **FEW,
         },
         "pipeline, attention recomputed": {"parallel": {"pipeline": 2}, "recompute": "selective", **FEW},
         "interleaved pipeline": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "micro_batch": 1},
@@ -82,9 +83,9 @@ LAYOUTS = {
         },
         "pipeline": {"parallel": {"pipeline": 4}, "micro_batch": 1},
         "expert": {"parallel": {"expert": 4}, "micro_batch": 1},
-        "tensor x context": {
+        "tensor x context, no bypass": {
             "parallel": {"tensor": 2, "context": 2, "balance_selection": True}, "model": ONE_HEAD, "window": 40,
-            "micro_batch": 4,
+            "micro_batch": 4, "bypass": False,
         },
         "context x pipeline": {"parallel": {"context": 2, "pipeline": 2}, "model": {"swa_in_hsa": False}},
         "expert x data": {"parallel": {"expert": 2}, "micro_batch": 1},
