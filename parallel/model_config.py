@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Ablations:
-    """What the method leaves out or does otherwise, for experiments only (docs/study.md). The defaults are the method.
+    """What a model leaves out of the method or does otherwise (docs/study.md). The defaults are the method.
 
     hsa: false: the same decoder without HSA layers and chunk encoder, plain causal attention where windows cover the
     context; a baseline. bypass: HSA's output feeds the MLP only; false: it enters the residual stream as well.
