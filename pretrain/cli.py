@@ -87,12 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((word for word in argv if word in COMMANDS), None)
     try:
         args = parse(build_parser(command), argv)
-        status = int(importlib.import_module(COMMANDS[args.command][0]).main(args) or 0)
+        result = int(importlib.import_module(COMMANDS[args.command][0]).main(args) or 0)
         if "parallel.mesh" in sys.modules:  # NCCL complains at exit about groups that nobody took down
             from parallel import mesh
 
             mesh.shutdown()
-        return status
+        return result
     except BrokenPipeError:
         # The reader of stdout went away (`hsa plan ... | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
