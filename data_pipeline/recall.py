@@ -64,6 +64,11 @@ class Event:
     answer: int = 0
     text: bool = False
 
+    @property
+    def fact(self) -> bool:
+        """True for what can be asked for."""
+        return not self.answer and not self.text
+
 
 def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -> list[Event]:
     """Facts and questions for a sample of ``length`` tokens in order of time, the last a question at time 1; empty
@@ -85,7 +90,7 @@ def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -
             continue
         events += group
         used += size
-        facts += sum(not event.answer and not event.text for event in group)
+        facts += sum(event.fact for event in group)
         if as_list:
             break
     questions = [event for event in events if event.answer]
@@ -93,7 +98,7 @@ def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -
         return []
     max(questions, key=lambda event: event.time).time = 1.0
     if rng.random() < _FIRST:
-        min((event for event in events if not event.answer and not event.text), key=lambda event: event.time).time = 0.0
+        min((event for event in events if event.fact), key=lambda event: event.time).time = 0.0
     if rng.random() < _COUNTED:
         events += _running_numbers(rng, tokenizer, int(0.95 * length) - used)
     events.sort(key=lambda event: event.time)
@@ -127,7 +132,7 @@ def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: b
             continue
         group = [i]
         if i and rng.random() < _TOGETHER:
-            group += rng.permutation(i)[: int(choice(rng, _SEVERAL)) - 1].tolist()  # type: ignore[call-overload]
+            group += rng.permutation(i)[: _several(rng) - 1].tolist()
         if len(group) == 1:
             question, answer = one.format(key=key), f" {value}"
         else:
@@ -140,6 +145,10 @@ def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: b
     return events if as_list else events + _mentions(rng, tokenizer, keys)
 
 
+def _several(rng: np.random.Generator) -> int:
+    return _SEVERAL[int(rng.integers(len(_SEVERAL)))]
+
+
 def _joined(words: list[str], link: str) -> str:
     """A list in words: "a and b", "a, b{link}c"."""
     return " and ".join(words) if len(words) == 2 else f"{', '.join(words[:-1])}{link}{words[-1]}"
@@ -148,20 +157,23 @@ def _joined(words: list[str], link: str) -> str:
 def _values(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
     """Several values of one key, and a question for all of them behind the last, answered in the order of the text."""
     needle, _, several = wide_wording(rng)
-    (key,), values = wide_keys(rng, 1), wide_values(rng, int(choice(rng, _SEVERAL)))  # type: ignore[call-overload]
-    times = np.sort(rng.random(len(values)))
-    needles = (tokenizer.encode_words(needle.format(key=key, value=value)) for value in values)
-    events = [Event(time, tokens) for time, tokens in zip(times.tolist(), needles, strict=True)]
+    (key,), values = wide_keys(rng, 1), wide_values(rng, _several(rng))
+    events = _in_order(rng, tokenizer, [needle.format(key=key, value=value) for value in values])
     facts = Facts([], several.format(keys=key), f" {_joined(values, str(choice(rng, _LINKS)))}")
-    return [*events, _question(rng, tokenizer, facts, float(times[-1]))]
+    return [*events, _question(rng, tokenizer, facts, events[-1].time)]
 
 
 def _chain(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
     facts = variable_facts(rng, "wide", 0, int(rng.integers(1, 5)))
-    times = np.sort(rng.random(len(facts.needles)))
-    events = [Event(t, tokenizer.encode_words(n)) for t, n in zip(times.tolist(), facts.needles, strict=True)]
+    events = _in_order(rng, tokenizer, facts.needles)
     names = facts.answer.strip().split(", ")
-    return [*events, _question(rng, tokenizer, facts, float(times[-1])), *_mentions(rng, tokenizer, names)]
+    return [*events, _question(rng, tokenizer, facts, events[-1].time), *_mentions(rng, tokenizer, names)]
+
+
+def _in_order(rng: np.random.Generator, tokenizer: Tokenizer, needles: list[str]) -> list[Event]:
+    """Facts at any time, one after the other."""
+    times = np.sort(rng.random(len(needles))).tolist()
+    return [Event(time, tokenizer.encode_words(needle)) for time, needle in zip(times, needles, strict=True)]
 
 
 def _mentions(rng: np.random.Generator, tokenizer: Tokenizer, words: list[str]) -> list[Event]:

@@ -28,6 +28,10 @@ class Ablations:
         """The options that differ from the method."""
         return [name for name, value in vars(self).items() if value != getattr(Ablations, name)]
 
+    def experiments(self) -> list[str]:
+        """Those of them that run with data parallelism only and are not exported; without the bypass is no such."""
+        return [name for name in self.named() if name != "bypass"]
+
 
 @dataclass
 class ModelConfig:

@@ -370,7 +370,7 @@ def check(recipe: Recipe) -> tuple[list[str], list[str]]:
         errors.append("stages: there is none")
     names = [stage.name for stage in recipe.stages]
     errors += [f"stages: two are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
-    options = [name for name in recipe.model.ablations.named() if name != "bypass"]
+    options = recipe.model.ablations.experiments()
     if options and recipe.parallel.model_ranks > 1:
         errors.append(
             f"model.ablations.{options[0]}: an experiment that runs with data parallelism only, parallel asks for "

@@ -34,8 +34,7 @@ def main(args: argparse.Namespace) -> int:
     from pretrain.model_io import load_for_inference
 
     loaded = load_for_inference(args.checkpoint)
-    options = [name for name in loaded.recipe.model.ablations.named() if name != "bypass"]
-    if options:
+    if options := loaded.recipe.model.ablations.experiments():
         raise RunDirError(
             f"{args.checkpoint}: model.ablations.{options[0]} is an experiment, which no exported model can have: "
             "export one that was trained without it"
