@@ -19,8 +19,8 @@ def test_size_stages_and_synthetic_share():
     assert count_parameters(recipe.model).total == 35_075_648
     warmup = [stage for stage in recipe.stages if stage.name.startswith("warmup")]
     main = [stage for stage in recipe.stages if stage not in warmup]
-    assert [stage.top_k for stage in recipe.stages] == [None] * 6 + [128]  # all chunks, then as many as answers read
-    assert [stage.window for stage in recipe.stages] == [128, 256, 512, 512, 512, 512, 512]
+    assert [stage.top_k for stage in recipe.stages] == [None] * 7 + [128]  # all chunks, then as many as answers read
+    assert [stage.window for stage in recipe.stages] == [128, 256, 512, 512, 512, 512, 512, 512]
     assert recipe.stages[-2].context > recipe.stages[-3].context
     assert max(stage.context for stage in recipe.stages) <= 32768
     for stage in main:  # one sequence in twenty, documents never longer than a sequence
@@ -60,7 +60,7 @@ def test_its_stages_and_its_evaluation_at_toy_size(tmp_path):
     overrides = [f"model.{key}={value}" for key, value in model.items()]
     overrides += ["precision=fp32", "tracking.mlflow.uri=none", "data.readers=2", "model.hsa_layers=1"]
     lengths = {"warmup-1k": 512, "warmup-2k": 512, "warmup-4k": 512}
-    lengths |= {"warmup-16k": 1024, "pretrain": 512, "long": 1024, "anneal": 1024}
+    lengths |= {"warmup-16k": 1024, "warmup-32k": 2048, "pretrain": 512, "long": 2048, "anneal": 2048}
     for name, context in lengths.items():
         overrides += [f"stages.{name}.{key}={value}" for key, value in (("context", context), ("batch", 4))]
         overrides += [f"stages.{name}.window=64", f"stages.{name}.until.tokens={4 * context}"]
