@@ -147,7 +147,8 @@ class DecoderLayer(TransformerLayer):
     ) -> tuple[Tensor, KeysAndValues | None]:
         """The layer on tokens query_offset .. of a sequence whose left neighbours are in `halo` and in `memory`.
 
-        Returns the output (L, B, hidden) and the window's keys and values, halo included (None without a window).
+        Returns the output (L, B, hidden) and the window's keys and values, the halo's in front where the tokens are
+        fewer than the window (None without a window).
         """
         keys_values = None
         if self.has_window:
