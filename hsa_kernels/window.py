@@ -1,8 +1,8 @@
 """Sliding-window attention on CUDA by well-kept kernels, chosen by measurement (docs/kernels.md, "Window").
 
-Short windows in half precision without documents: torch's FlashAttention. All others: FlexAttention over a band of
-blocks, whose lists are arithmetic, compiled for the shape. A window that covers everything: torch's fused causal
-attention. Nothing of size L x L is ever made.
+Short windows in half precision without documents: torch's FlashAttention, or a Triton kernel where no gradient is
+wanted. All others: FlexAttention over a band of blocks, whose lists are arithmetic, compiled for the shape. A window
+that covers everything: torch's fused causal attention. Nothing of size L x L is ever made.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ _SHORTEST = 128
 # FlexAttention's blocks are coarse for short windows. H100, 128K tokens, forward and backward, FlashAttention against
 # FlexAttention: 10.1 and 11.7 ms at 512, 50.2 and 42.8 ms at 4096.
 _FLASH_WINDOW = 1024
+# Largest head size of the forward kernel: its blocks must fit into the registers.
+_FORWARD_SIZE = 128
 # Longer inputs go in segments: the block lists of FlexAttention are quadratic in the number of blocks.
 _SEGMENT = 1 << 17
 
@@ -42,7 +44,9 @@ def window_attention(
 ) -> Tensor:
     """Shapes and rule in `reference.sliding_window_attention`."""
     if documents is None and q.dtype != torch.float32 and window <= min(_FLASH_WINDOW, key_offset + q.shape[1] - 1):
-        return flash_window(q, k, v, window, key_offset, scale)
+        learnt = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        kernel = flash_window if learnt or q.shape[-1] > _FORWARD_SIZE else forward_window
+        return kernel(q, k, v, window, key_offset, scale)
     return flex_window(q, k, v, window, documents, key_offset, scale)
 
 
@@ -55,6 +59,13 @@ def flash_window(q: Tensor, k: Tensor, v: Tensor, window: int, key_offset: int, 
     return torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, *sizes, 0.0, True, False, scale=scale, window_size_left=window - 1, window_size_right=0
     )[0]
+
+
+def forward_window(q: Tensor, k: Tensor, v: Tensor, window: int, key_offset: int, scale: float | None) -> Tensor:
+    """Our kernel, for what nobody learns from."""
+    from hsa_kernels.triton.window_forward import window_forward
+
+    return window_forward(q, k, v, window, key_offset, scale)
 
 
 def flex_window(

@@ -14,6 +14,7 @@ from hsa_kernels import hsa_attention, hsa_decode, ops, reference, select_chunks
 from hsa_kernels import index as work_lists
 from hsa_kernels.ops import window_decode
 from hsa_kernels.triton import attention, interpreter, register
+from hsa_kernels.triton.window_forward import window_forward
 
 DEVICE = "cpu" if interpreter.enabled() else "cuda"
 # A GPU gets half precision as bfloat16; the interpreter has no bfloat16 products.
@@ -366,3 +367,34 @@ def test_unsupported_cases_say_why_and_auto_takes_the_reference():
     q = torch.randn(1, 4, 1, 24, device=DEVICE)
     with pytest.raises(ValueError, match="retrieval size 24"):
         select_chunks(q, q, top_k=4, backend="triton")
+
+
+WINDOWS = [  # batch, queries, keys, window, offset of the first query, query heads, kv heads, head size
+    (2, 300, 300, 40, 0, 4, 2, 16),
+    (1, 200, 712, 512, 512, 2, 2, 32),
+    (1, 130, 400, 1, 250, 2, 1, 16),
+    (1, 150, 600, 64, 400, 2, 1, 16),  # keys behind the queries
+    (1, 257, 768, 512, 511, 1, 1, 64),  # a halo of window - 1
+    (1, 129, 640, 130, 511, 1, 1, 128),
+    (1, 300, 300, 200, 0, 2, 1, 16),
+    (1, 100, 100, 1000, 0, 1, 1, 16),  # longer than everything
+]
+
+
+@pytest.mark.parametrize("blocks", [{}, {"M": 64, "N": 128}, {"M": 128, "N": 32}], ids=str)
+@pytest.mark.parametrize("case", WINDOWS, ids=str)
+def test_window_without_gradients(case, blocks):
+    batch, length, keys, size, offset, heads, kv_heads, dim = case
+    g = torch.Generator().manual_seed(length)
+    # Strided, as projections of queries, keys and values together make them.
+    q = torch.randn(batch, length, heads + 1, dim, generator=g)[:, :, 1:].to(DEVICE)
+    k, v = torch.randn(2, batch, kv_heads, keys, dim, generator=g).to(DEVICE).transpose(2, 3)
+    # Nobody asks for fp32 on a GPU: its blocks of large heads would not fit into the shared memory.
+    cases = ((torch.float32, 2e-6), (HALF, 1e-3)) if interpreter.enabled() else ((HALF, 6e-3),)
+    for dtype, most in cases:
+        inputs = [x.to(dtype) for x in (q, k, v)]
+        got = window_forward(*inputs, size, offset, 0.3, **blocks)
+        want = reference.sliding_window_attention(
+            *(x.double() for x in inputs), window=size, key_offset=offset, softmax_scale=0.3
+        )
+        assert got.dtype == dtype and relative(got, want) < most

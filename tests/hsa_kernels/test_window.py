@@ -10,23 +10,35 @@ from hsa_kernels import reference, window
 
 
 @pytest.mark.parametrize(
-    ("window_size", "dtype", "documents", "kernel"),
+    ("window_size", "dtype", "documents", "kernel", "without_gradients"),
     [
-        (512, torch.bfloat16, False, "flash_window"),
-        (4096, torch.bfloat16, False, "flex_window"),
-        (512, torch.bfloat16, True, "flex_window"),
-        (512, torch.float32, False, "flex_window"),
-        (600, torch.bfloat16, False, "flex_window"),  # covers all: plain causal attention
+        (512, torch.bfloat16, False, "flash_window", "forward_window"),
+        (4096, torch.bfloat16, False, "flex_window", "flex_window"),
+        (512, torch.bfloat16, True, "flex_window", "flex_window"),
+        (512, torch.float32, False, "flex_window", "flex_window"),
+        (600, torch.bfloat16, False, "flex_window", "flex_window"),  # covers all: plain causal attention
     ],
 )
-def test_the_faster_kernel_is_chosen(monkeypatch, window_size, dtype, documents, kernel):
+def test_the_faster_kernel_is_chosen(monkeypatch, window_size, dtype, documents, kernel, without_gradients):
     used = []
-    for name in ("flash_window", "flex_window"):
+    for name in ("flash_window", "flex_window", "forward_window"):
         monkeypatch.setattr(window, name, lambda q, *_, _n=name: used.append(_n) or q)
     x = torch.zeros(1, 600, 1, 16, dtype=dtype)
     docs = torch.zeros(1, 600, dtype=torch.int32) if documents else None
+    for learnt in ((True, False, False), (False, False, True)):
+        window.window_attention(*(x.clone().requires_grad_(y) for y in learnt), window_size, docs, 0, None)
     window.window_attention(x, x, x, window_size, docs, 0, None)
-    assert used == [kernel]
+    with torch.no_grad():
+        window.window_attention(*(x.clone().requires_grad_() for _ in "qkv"), window_size, docs, 0, None)
+    assert used == [kernel, kernel, without_gradients, without_gradients]
+
+
+def test_heads_too_large_for_the_forward_kernel_go_to_flash_attention(monkeypatch):
+    used = []
+    monkeypatch.setattr(window, "flash_window", lambda *_: used.append("flash_window"))
+    x = torch.zeros(1, 600, 1, 256, dtype=torch.bfloat16)
+    window.window_attention(x, x, x, 512, None, 0, None)
+    assert used == ["flash_window"]
 
 
 # FlexAttention says that its plain form is slow; here that is the point.
