@@ -276,7 +276,8 @@ class InferenceEngine:
         hidden, halos = self._layers(self.lower, self.model.embed(tokens), reading.halos, None, start)
         if not self.upper:
             return Reading(reading.rows, start + tokens.shape[1], halos), hidden
-        pending = hidden if reading.pending is None else torch.cat((reading.pending, hidden))
+        waiting = reading.pending
+        pending = hidden if waiting is None or not waiting.shape[0] else torch.cat((waiting, hidden))
         chunk = self.model.model.chunk_size
         complete = pending.shape[0] // chunk * chunk
         if complete:
