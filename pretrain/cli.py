@@ -88,10 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(build_parser(command), argv)
         result = int(importlib.import_module(COMMANDS[args.command][0]).main(args) or 0)
-        if "parallel.mesh" in sys.modules:  # NCCL complains at exit about groups that nobody took down
-            from parallel import mesh
-
-            mesh.shutdown()
+        _leave_groups(failed=False)
         return result
     except BrokenPipeError:
         # The reader of stdout went away (`hsa plan ... | head`).
@@ -102,4 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status is None:
             raise
         print(f"hsa: error: {error}", file=sys.stderr)
+        _leave_groups(failed=True)
         return int(status)
+
+
+def _leave_groups(*, failed: bool) -> None:
+    """NCCL complains at exit about groups that nobody took down. After a failure other ranks may be gone, and taking
+    them down would wait for those."""
+    if "parallel.mesh" in sys.modules:
+        from parallel import mesh
+
+        if not failed or mesh.world_size() == 1:
+            mesh.shutdown()

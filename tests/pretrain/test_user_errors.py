@@ -7,8 +7,10 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 import yaml
 
+from parallel import mesh
 from pretrain.cli import main
 from pretrain.run_dir import RunDir
 from tests.conftest import losses, tiny_container
@@ -263,3 +265,12 @@ def test_full_disk(tiny_recipe, hsa, tmp_path):
         assert json.loads((run_dir / "run.json").read_text())["finished"]
     finally:
         subprocess.run(["umount", str(mount)], check=False)
+
+
+def test_an_error_of_one_rank_leaves_no_process_group(monkeypatch, tmp_path, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    mesh.initialize(device="cpu", seed=0)
+    assert torch.distributed.is_initialized()
+    assert main(["eval", "niah", str(tmp_path / "nowhere"), "--lengths", "4k"]) == 2
+    assert not torch.distributed.is_initialized() and "hsa: error:" in capsys.readouterr().err
