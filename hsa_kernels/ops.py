@@ -243,8 +243,8 @@ def sliding_window_attention(
 ) -> Tensor:
     """Causal attention to the last `window` tokens; rules in `reference.sliding_window_attention`.
 
-    On CUDA this is torch's FlashAttention or FlexAttention, see `hsa_kernels.window` (backend "triton" asks for them,
-    "auto" takes them).
+    On CUDA this is a kernel of torch's, without gradients also one of ours, see `hsa_kernels.window` (backend "triton"
+    asks for them, "auto" takes them).
     """
 
     def reason() -> str | None:

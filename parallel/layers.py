@@ -166,6 +166,14 @@ class DecoderLayer(TransformerLayer):
         return hidden_states + self.mlp(self.pre_mlp_layernorm(mlp_input))[0], keys_values
 
 
+def next_halo(keys_values: KeysAndValues, window: int) -> KeysAndValues:
+    """The last `window` - 1 of a layer's keys and values (n, B, Hkv, D), which the tokens behind them see; all where
+    there are fewer. Copied: a view would keep those of all the tokens alive.
+    """
+    k, v = (x[max(0, x.shape[0] - window + 1) :].clone() for x in keys_values)
+    return k, v
+
+
 def mlp_spec(experts: ModuleSpec | None, tiles: int, column: type, row: type) -> ModuleSpec:
     """A dense SwiGLU MLP, in `tiles` parts of the sequence, or Megatron's mixture of `experts` with a shared one.
     column, row: the parallel linear layers.

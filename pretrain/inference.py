@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.layers import DecoderLayer, KeysAndValues
+from parallel.layers import DecoderLayer, KeysAndValues, next_halo
 from parallel.memory import ContextMemory
 from pretrain.context_store import ContextStore, Placement
 from pretrain.decode_step import DecodeStep
@@ -311,9 +311,7 @@ class InferenceEngine:
                 hidden, self._angles, memory=memory, halo=halos.get(number), query_offset=query_offset
             )
             if keys_values is not None:
-                keep = layer.window - 1
-                # Copied: a view would keep the keys and values of the whole segment alive.
-                halos[number] = tuple(x[x.shape[0] - min(keep, x.shape[0]) :].clone() for x in keys_values)  # type: ignore[assignment]
+                halos[number] = next_halo(keys_values, layer.window)
         return hidden, halos
 
     def _next_logits(self, hidden: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.layers import DecoderLayer, KeysAndValues
+from parallel.layers import DecoderLayer, KeysAndValues, next_halo
 from parallel.shared_memory import SharedMemory
 from pretrain.inference import InferenceEngine
 
@@ -244,10 +244,8 @@ class SharedPrompt:
                 hidden, self._angles, memory=memory, halo=halos.get(layer.layer_number), query_offset=query_offset
             )
             if keys_values is not None:
-                keep = layer.window - 1
-                reach -= keep
-                # Copied: a view would keep the keys and values of the whole pass alive.
-                halos[layer.layer_number] = tuple(x[x.shape[0] - min(keep, x.shape[0]) :].clone() for x in keys_values)  # type: ignore[assignment]
+                reach -= layer.window - 1
+                halos[layer.layer_number] = next_halo(keys_values, layer.window)
         return hidden
 
 

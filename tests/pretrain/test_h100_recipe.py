@@ -19,7 +19,7 @@ def test_size_stages_and_synthetic_share():
     assert count_parameters(recipe.model).total == 35_075_648
     warmup = [stage for stage in recipe.stages if stage.name.startswith("warmup")]
     main = [stage for stage in recipe.stages if stage not in warmup]
-    assert [stage.top_k for stage in recipe.stages] == [None] * 7 + [128]  # all chunks, then as many as answers read
+    assert [stage.top_k for stage in recipe.stages] == [None] * 7 + [128]  # all chunks until the last stage
     assert [stage.window for stage in recipe.stages] == [128, 256, 512, 512, 512, 512, 512, 512]
     assert recipe.stages[-2].context > recipe.stages[-3].context
     assert max(stage.context for stage in recipe.stages) <= 32768
