@@ -7,7 +7,7 @@ digits, hyphenated words, UUIDs); see ``wordings``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import numpy as np
 
@@ -241,20 +241,22 @@ _WIDE_VALUES: tuple[_Maker, ...] = (  # half of them words, which are harder to 
 _VARIABLE_NAMES: tuple[_Maker, ...] = (_noun, _noun, _name, _capitals, _code)
 
 
-def _different(rng: np.random.Generator, make: _Maker, count: int) -> list[str]:
-    """``count`` different words of one maker; a maker of few words is helped out by numbers."""
+def _different(rng: np.random.Generator, make: _Maker, count: int, taken: Container[str]) -> list[str]:
+    """``count`` different words of one maker, none of them ``taken``; a maker of few words is helped out by numbers."""
     found: dict[str, None] = {}
     tries = 0
     while len(found) < count:
         word = make(rng)
         tries += 1
-        found[word if tries < 4 * count else f"{word} {tries}"] = None
+        word = word if tries < 4 * count else f"{word} {tries}"
+        if word not in taken:
+            found[word] = None
     return list(found)
 
 
-def wide_keys(rng: np.random.Generator, count: int) -> list[str]:
-    """Different keys of one kind."""
-    return _different(rng, choice(rng, _KEYS), count)  # type: ignore[arg-type]
+def wide_keys(rng: np.random.Generator, count: int, taken: Container[str] = ()) -> list[str]:
+    """Different keys of one kind, none of them ``taken``."""
+    return _different(rng, choice(rng, _KEYS), count, taken)  # type: ignore[arg-type]
 
 
 def wide_values(rng: np.random.Generator, count: int) -> list[str]:
@@ -329,11 +331,33 @@ _CUES_MANY = (
     " The answers are",
     *(" They are", " These are", " Answer:", "\nAnswer:", " A:", " {keys}:"),
 )
-_WHERE = (  # behind a key in a question; a model that never saw any takes longer questions for text
-    *(" in the text", " in the text above", " above", " in this document", " on this page", " in the passage"),
-    *(" that was noted earlier", " as given before", " according to what you read", " from the pages before this"),
+# Behind a key in a question, put together from parts; a model that saw few such words takes questions with others for
+# text, and goes on with it.
+_STOOD = (
+    *(
+        "",
+        "",
+        "",
+        " mentioned",
+        " given",
+        " stated",
+        " noted",
+        " found",
+        " written",
+        " named",
+        " described",
+        " recorded",
+    ),
+    *(" that was noted", " that was said", " which stands", " as told", " as you read it"),
 )
-_WHERE_SHARE = 0.25  # of the questions
+_PLACES = (
+    *(" above", " earlier", " before", " further up", " somewhere above", " according to what you read"),
+    *(" in {the} {long}{text}", " in {the} {long}{text}", " in {the} {long}{text} above", " on {the} {long}page"),
+    *(" from the pages before this", " by {the} {long}{text}"),
+)
+_LONG = ("", "", "", "", "long ", "whole ", "given ", "previous ", "preceding ")
+_TEXTS = ("text", "text", "document", "passage", "story", "book", "file", "notes", "conversation")
+_WHERE_SHARE = 0.35  # of the questions
 _THINGS = tuple(
     "names,symbols,registers,cells,labels,letters,items,entries,constants,fields,parameters,places,slots,pointers".split(
         ","
@@ -405,7 +429,10 @@ def wide_variables(rng: np.random.Generator) -> tuple[str, str, str]:
 
 def _where(rng: np.random.Generator) -> str:
     """Where a question says that the fact stood; mostly nothing."""
-    return str(choice(rng, _WHERE)) if rng.random() < _WHERE_SHARE else ""
+    if rng.random() >= _WHERE_SHARE:
+        return ""
+    words = {"the": choice(rng, ("the", "the", "this", "that")), "long": choice(rng, _LONG)}
+    return f"{choice(rng, _STOOD)}{choice(rng, _PLACES)}".format(**words, text=choice(rng, _TEXTS))
 
 
 def _declarator(rng: np.random.Generator) -> str:
@@ -419,9 +446,9 @@ def _declarator(rng: np.random.Generator) -> str:
     return "" if word.upper() == "VAR" else f"{word} "
 
 
-def variable_names(rng: np.random.Generator, count: int) -> list[str]:
-    """Different names of one kind."""
-    return _different(rng, choice(rng, _VARIABLE_NAMES), count)  # type: ignore[arg-type]
+def variable_names(rng: np.random.Generator, count: int, taken: Container[str] = ()) -> list[str]:
+    """Different names of one kind, none of them ``taken``."""
+    return _different(rng, choice(rng, _VARIABLE_NAMES), count, taken)  # type: ignore[arg-type]
 
 
 def variable_value(rng: np.random.Generator) -> str:

@@ -33,7 +33,8 @@ _AT_ONCE = 0.15  # share of questions that follow their fact directly
 _FIRST = 0.15  # share of samples that open with a fact: nothing stands before it, which random places hardly ever give
 _FILL, _FILL_LIST = 0.6, 0.9  # largest share of the sample that facts and questions take
 _LINKS = (" and ", ", and ", ", ")  # before the last of three and more
-_MENTIONED = 0.3  # share of groups outside lists whose keys and names stand in other sentences, too
+_MENTIONED = 0.4  # share of groups outside lists whose keys and names stand in other sentences, too
+_MOST_MENTIONS = 12  # sentences of a group, as many as a far longer text would have
 _MENTIONS = (
     " The {word} was there again.",
     " Nobody spoke of {word} that day.",
@@ -80,8 +81,9 @@ def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -
     events: list[Event] = []
     used = facts = 0
     refused = 0
+    taken: set[str] = set()  # a name in two chains would make both questions doubtful
     while facts < count and refused < 6:
-        group = _group(rng, tokenizer, count - facts, as_list)
+        group = _group(rng, tokenizer, count - facts, as_list, taken)
         size = sum(len(event.tokens) for event in group)
         if used + size > limit:
             if events:
@@ -111,16 +113,19 @@ def text_length(rng: np.random.Generator, room: int) -> int:
     return min(room, int(rng.integers(*_PASSAGE))) if rng.random() < _REPEATED else room
 
 
-def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: bool) -> list[Event]:
-    """Facts worded alike with their questions; every question stands behind its facts in the list and in time."""
+def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: bool, taken: set[str]) -> list[Event]:
+    """Facts worded alike with their questions; every question stands behind its facts in the list and in time. Keys and
+    names are none of those ``taken``, and are added to them."""
     if not as_list and rng.random() < _CHAINS:
-        return _chain(rng, tokenizer)
+        return _chain(rng, tokenizer, taken)
     if not as_list and rng.random() < _VALUES:
-        return _values(rng, tokenizer)
+        return _values(rng, tokenizer, taken)
     needle, one, several = wide_wording(rng)
     count = left if as_list else 1 if rng.random() < 0.4 else min(left, int(rng.integers(2, 9)))
     near = as_list and rng.random() < _NEAR
-    keys, values = (near_keys if near else wide_keys)(rng, count), wide_values(rng, count)
+    keys = near_keys(rng, count) if near else wide_keys(rng, count, taken)
+    values = wide_values(rng, count)
+    taken.update(keys)
     times = rng.random(count) * (0.9 if as_list else 1.0)
     share = min(_ASKED, max(12, count * _LIST_TOKENS // _LIST_ASKED) / count) if as_list else _ASKED
     asked = rng.random(count) < share
@@ -154,19 +159,21 @@ def _joined(words: list[str], link: str) -> str:
     return " and ".join(words) if len(words) == 2 else f"{', '.join(words[:-1])}{link}{words[-1]}"
 
 
-def _values(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
+def _values(rng: np.random.Generator, tokenizer: Tokenizer, taken: set[str]) -> list[Event]:
     """Several values of one key, and a question for all of them behind the last, answered in the order of the text."""
     needle, _, several = wide_wording(rng)
-    (key,), values = wide_keys(rng, 1), wide_values(rng, _several(rng))
+    (key,), values = wide_keys(rng, 1, taken), wide_values(rng, _several(rng))
+    taken.add(key)
     events = _in_order(rng, tokenizer, [needle.format(key=key, value=value) for value in values])
     facts = Facts([], several.format(keys=key), f" {_joined(values, str(choice(rng, _LINKS)))}")
     return [*events, _question(rng, tokenizer, facts, events[-1].time)]
 
 
-def _chain(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
-    facts = variable_facts(rng, "wide", 0, int(rng.integers(1, 5)))
+def _chain(rng: np.random.Generator, tokenizer: Tokenizer, taken: set[str]) -> list[Event]:
+    facts = variable_facts(rng, "wide", 0, int(rng.integers(1, 5)), taken)
     events = _in_order(rng, tokenizer, facts.needles)
     names = facts.answer.strip().split(", ")
+    taken.update(names)
     return [*events, _question(rng, tokenizer, facts, events[-1].time), *_mentions(rng, tokenizer, names)]
 
 
@@ -180,7 +187,7 @@ def _mentions(rng: np.random.Generator, tokenizer: Tokenizer, words: list[str]) 
     """Sentences that name a key and tell nothing about it: in a long text a fact is found by more than its word."""
     if rng.random() >= _MENTIONED:
         return []
-    count = int(rng.integers(1, 5))
+    count = math.floor(math.exp(rng.uniform(0.0, math.log(_MOST_MENTIONS + 1))))
     sentences = [str(choice(rng, _MENTIONS)).format(word=choice(rng, tuple(words))) for _ in range(count)]
     return [Event(float(rng.random()), tokenizer.encode_words(sentence), text=True) for sentence in sentences]
 

@@ -33,6 +33,9 @@ from data_pipeline.wordings import (
 
 _LAST = 0.1  # share of free samples whose needle stands directly before the question: text hardly ever asks there
 _SNAP = 48  # a needle moves by at most this many tokens to follow the end of a sentence
+_CUT = 0.6  # share of the needles of "wide" that are moved onto a chunk's edge where there is room: who chooses chunks
+# finds them hardest, and by chance only one in five needles of a dozen tokens lies across an edge of 64
+_CUT_TRIES = 4
 
 
 class SampleTooShort(DataError):
@@ -90,8 +93,9 @@ def build_sample(
     (start) to 1 (directly before the question) places the asked needle; None draws it, in one sample of ten directly
     before the question; further needles and distractors are drawn anywhere, the assignments of ``variable_tracking``
     are spread evenly from ``depth`` (None: anywhere in order, in one sample of ten the last one directly before the
-    question); ``frequent_words`` has no depth. chunk_size: ``length`` must be a multiple
-    of it. templates: one of :data:`data_pipeline.wordings.TEMPLATES`; values: what keys have in all but "wide", one of
+    question); ``frequent_words`` has no depth. chunk_size: ``length`` must be a multiple of it; most needles of "wide"
+    are moved so that they lie across an edge of chunks, unless depth says where. templates: one of
+    :data:`data_pipeline.wordings.TEMPLATES`; values: what keys have in all but "wide", one of
     :data:`data_pipeline.wordings.VALUES`. keys, queries, hops, copy_random: see
     :class:`~data_pipeline.config.SyntheticConfig`.
 
@@ -115,7 +119,7 @@ def build_sample(
     if task == "frequent_words":
         return _frequent(rng, tokenizer, haystack, length, templates)
     if task == "recall":
-        return _recall(rng, tokenizer, haystack, length)
+        return _recall(rng, tokenizer, haystack, length, chunk_size)
     if task == "niah_needles":
         facts = _fill_with_needles(rng, tokenizer, length, templates, digits, values, depth)
     else:
@@ -150,7 +154,11 @@ def build_sample(
             depths[0] = depth
         elif rng.random() < _LAST:
             depths[0] = 1.0
-    tokens = np.concatenate([*_spread(text, pieces, depths, tokenizer.sentence_ends), tail])
+    cuts = _cuts(depths, text, tokenizer.sentence_ends)
+    order = _in_order(cuts, depths)
+    if templates == "wide" and depth is None:
+        _move_onto_edges(rng, cuts, order, pieces, [True] * len(pieces), len(text), chunk_size)
+    tokens = np.concatenate([*_spread(text, pieces, cuts, order), tail])
     mask = np.zeros(length, dtype=bool)
     mask[length - answer_length :] = True
     return SyntheticSample(tokens, mask, ~mask, length - answer_length, task, tokenizer)
@@ -212,7 +220,7 @@ def _fill_with_needles(
 
 
 def _recall(
-    rng: np.random.Generator, tokenizer: Tokenizer, haystack: Callable[[int], np.ndarray], length: int
+    rng: np.random.Generator, tokenizer: Tokenizer, haystack: Callable[[int], np.ndarray], length: int, chunk_size: int
 ) -> SyntheticSample:
     """Events of `recall_events` in text; needles and questions are no text worth learning to predict."""
     events = recall_events(rng, tokenizer, length)
@@ -222,7 +230,10 @@ def _recall(
     room = length - sum(map(len, pieces))
     text = np.resize(np.asarray(haystack(text_length(rng, room)), dtype=np.int32), room)
     times = np.array([event.time for event in events])
-    parts = _spread(text, pieces, times, tokenizer.sentence_ends)
+    cuts = _cuts(times, text, tokenizer.sentence_ends)
+    order = _in_order(cuts, times)
+    _move_onto_edges(rng, cuts, order, pieces, [event.fact for event in events], room, chunk_size)
+    parts = _spread(text, pieces, cuts, order)
     answer, predictable = np.zeros(length, dtype=bool), np.ones(length, dtype=bool)
     position = 0
     for i, part in enumerate(parts):
@@ -258,9 +269,8 @@ def score(sample: SyntheticSample, tokenizer: Tokenizer, generated_ids: Iterable
     return answer_text(tokenizer, generated) == sample.answer
 
 
-def _spread(text: np.ndarray, pieces: list[np.ndarray], depths: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
-    """Cut ``text`` at the depths (moved to the nearest sentence end when there is one close by) and insert the
-    pieces."""
+def _cuts(depths: np.ndarray, text: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Where pieces go: positions in ``text`` at the depths, moved to the nearest sentence end when one is close by."""
     cuts = np.rint(depths * len(text)).astype(np.int64)
     for i, cut in enumerate(cuts):
         if 0 < cut < len(text):
@@ -268,9 +278,45 @@ def _spread(text: np.ndarray, pieces: list[np.ndarray], depths: np.ndarray, ends
             near = np.flatnonzero(ends[text[low : cut + _SNAP]]) + low + 1
             if len(near):
                 cuts[i] = near[np.argmin(np.abs(near - cut))]
+    return cuts
+
+
+def _in_order(cuts: np.ndarray, depths: np.ndarray) -> np.ndarray:
+    """Indices of the pieces as they stand in the sample; stable, and one at the end is behind what only moved there."""
+    return np.lexsort((depths >= 1.0, cuts))
+
+
+def _move_onto_edges(
+    rng: np.random.Generator,
+    cuts: np.ndarray,
+    order: np.ndarray,
+    pieces: list[np.ndarray],
+    movable: list[bool],
+    room: int,
+    chunk_size: int,
+) -> None:
+    """Move some of the ``movable`` pieces' cuts forward so that a chunk ends inside the piece, at any of its tokens.
+
+    No piece passes the next one; what stands at the start or the end of the ``room`` tokens of text stays there.
+    """
+    before = 0  # tokens of pieces in front
+    following = np.append(cuts[order[1:]], room)
+    for i, limit in zip(order.tolist(), following.tolist(), strict=True):
+        size = len(pieces[i])
+        if movable[i] and 0 < cuts[i] < room and min(size, chunk_size) > 1 and rng.random() < _CUT:
+            for first in rng.integers(1, min(size, chunk_size), _CUT_TRIES).tolist():  # tokens in front of the edge
+                moved = int(cuts[i]) + (-first - int(cuts[i]) - before) % chunk_size
+                if moved < limit:
+                    cuts[i] = moved
+                    break
+        before += size
+
+
+def _spread(text: np.ndarray, pieces: list[np.ndarray], cuts: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
+    """Insert the pieces into ``text`` at their cuts: text and pieces in turn, text last."""
     parts: list[np.ndarray] = []
     position = 0
-    for i in np.lexsort((depths >= 1.0, cuts)):  # stable; a needle at the end is behind what only moved there
+    for i in order.tolist():
         parts += [text[position : cuts[i]], pieces[i]]
         position = int(cuts[i])
     return [*parts, text[position:]]

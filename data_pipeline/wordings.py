@@ -9,7 +9,7 @@ no frame of it, no noun, and none of its kinds of values (numbers of 7 digits, h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -207,11 +207,15 @@ def many_facts(rng: np.random.Generator, templates: str, digits: int, count: int
     return ManyFacts(needles, names, held, one)
 
 
-def variable_facts(rng: np.random.Generator, templates: str, digits: int, hops: int) -> Facts:
-    """A chain of ``hops`` + 1 assignments; the answer lists every name in it (RULER's variable tracking)."""
+def variable_facts(
+    rng: np.random.Generator, templates: str, digits: int, hops: int, taken: Container[str] = ()
+) -> Facts:
+    """A chain of ``hops`` + 1 assignments; the answer lists every name in it (RULER's variable tracking). ``taken``:
+    names that ``wide`` must not use, as other chains of the same text do.
+    """
     if templates == "wide":
         first, then, question = wide_variables(rng)
-        names, value = variable_names(rng, hops + 1), variable_value(rng)
+        names, value = variable_names(rng, hops + 1, taken), variable_value(rng)
     else:
         first, then, question = _VARIABLES[templates][int(rng.integers(len(_VARIABLES[templates])))]
         names = random_word(rng, hops + 1)

@@ -47,7 +47,9 @@ def test_sample_is_prompt_answer_eos(tokenizer: Tokenizer, task: str, templates:
         wrong = [*generated[:-2], generated[-2] + 1, generated[-1]]
         assert not score(sample, tokenizer, wrong) and not score(sample, tokenizer, [])
         assert len(text.calls) == (0 if task == "copy" and not sample.text_mask.any() else 1)
-        again = build_sample(task, np.random.default_rng(seed), tokenizer, Text(tokenizer), LENGTH, templates=templates)
+        again = build_sample(
+            task, np.random.default_rng(seed), tokenizer, Text(tokenizer), LENGTH, chunk_size=64, templates=templates
+        )
         assert np.array_equal(sample.tokens, again.tokens)
 
 
@@ -216,3 +218,32 @@ def test_mistakes(tokenizer: Tokenizer, change: dict, message: str) -> None:
         build_sample(task, np.random.default_rng(0), tokenizer, text, length, **arguments)
     assert not text.calls and caught.value.exit_status == 2
     assert isinstance(caught.value, SampleTooShort) == ("needs at least" in str(caught.value))
+
+
+def _over_an_edge(tokenizer: Tokenizer, task: str, chunk_size: int, **options: float) -> float:
+    """Share of the needles in samples of 4096 tokens that have tokens on both sides of a multiple of 64."""
+    over = []
+    for seed in range(40):
+        sample = build_sample(
+            task,
+            np.random.default_rng(seed),
+            tokenizer,
+            lambda n: np.full(n, tokenizer.eos_id, dtype=np.int32),
+            4096,
+            chunk_size=chunk_size,
+            templates="wide",
+            **options,  # type: ignore[arg-type]
+        )
+        edges = np.flatnonzero(np.diff(np.r_[0, (sample.tokens != tokenizer.eos_id).astype(int)]))
+        starts, ends = edges[::2], edges[1::2]
+        over += [start // 64 != (end - 1) // 64 for start, end in zip(starts, ends, strict=False) if end - start < 64]
+    return float(np.mean(over))
+
+
+@pytest.mark.parametrize("task", ["variable_tracking", "niah_multikey", "recall"])
+def test_needles_lie_across_the_edges_of_chunks(tokenizer: Tokenizer, task: str) -> None:
+    """More of them than chance brings about; not where the caller says where they are."""
+    by_chance = _over_an_edge(tokenizer, task, 1)
+    assert _over_an_edge(tokenizer, task, 64) > by_chance + (0.05 if task == "recall" else 0.2)
+    if task != "recall":
+        assert _over_an_edge(tokenizer, task, 64, depth=0.3) == _over_an_edge(tokenizer, task, 1, depth=0.3)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 
-from data_pipeline import grammar, wordings
+from data_pipeline import grammar, recall, wordings
 from data_pipeline.errors import DataError
-from data_pipeline.grammar import _WHERE, HELD_OUT_DIGITS, wide_values, wide_variables, wide_wording
+from data_pipeline.grammar import HELD_OUT_DIGITS, wide_values, wide_variables, wide_wording
 from data_pipeline.recall import _MENTIONS, _values, recall_events
 from data_pipeline.synthetic import SampleTooShort, build_sample, needle_haystack
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.wordings import held_out_value, near_keys
+from data_pipeline.wordings import Facts, held_out_value, near_keys, variable_facts
 
 
 def frame(text: str) -> str:
@@ -135,10 +136,42 @@ def test_one_recall_sample_in_ten_repeats_a_passage(tokenizer: Tokenizer) -> Non
     assert 8 < sum(n < 257 for n in asked) < 40
 
 
-def test_a_quarter_of_the_questions_say_where_the_fact_stood() -> None:
+_BEHIND = (
+    " above",
+    " earlier",
+    " before",
+    " further up",
+    " what you read",
+    *(f" {a} {b} " for a in ("in", "on", "by") for b in ("the", "this", "that")),
+)
+
+
+def test_a_third_of_the_questions_say_where_the_fact_stood_in_hundreds_of_ways() -> None:
     rng = np.random.default_rng(2)
     questions = [wide_wording(rng)[1] for _ in range(1000)] + [wide_variables(rng)[2] for _ in range(1000)]
-    assert 0.15 < sum(any(where in question for where in _WHERE) for question in questions) / 2000 < 0.4
+    said = sum(any(place in question for place in _BEHIND) for question in questions) / 2000
+    assert 0.2 < said < 0.5
+    behind_keys = {q.partition("{key}")[2] for q in (wide_wording(rng)[1] for _ in range(4000)) if " mentioned" in q}
+    assert len(behind_keys) > 30 and not any("provided" in words for words in behind_keys)  # the harness' own word
+
+
+def test_no_two_chains_of_a_sample_share_a_name(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    chains: list[list[str]] = []
+
+    def kept(*arguments: Any) -> Facts:
+        facts = variable_facts(*arguments)
+        chains.append(facts.answer.strip().split(", "))
+        return facts
+
+    monkeypatch.setattr(recall, "variable_facts", kept)
+    several = 0
+    for seed in range(60):
+        chains.clear()
+        recall.recall_events(np.random.default_rng(seed), tokenizer, 16384)
+        names = [name for chain in chains for name in chain]
+        assert len(names) == len(set(names))
+        several += len(chains) > 1
+    assert several > 10
 
 
 def test_one_recall_sample_in_seven_opens_with_a_fact(tokenizer: Tokenizer) -> None:
@@ -169,7 +202,7 @@ def test_several_values_are_asked_for_at_once(tokenizer: Tokenizer) -> None:
     assert {1, 2, 3, 4} <= set(sizes) and 0.05 < sum(n in (3, 4) for n in sizes) / len(sizes) < 0.4
     rng, in_order = np.random.default_rng(5), 0
     for _ in range(20):
-        *needles, question = _values(rng, tokenizer)
+        *needles, question = _values(rng, tokenizer, set())
         texts = [tokenizer.decode(needle.tokens) for needle in sorted(needles, key=lambda event: event.time)]
         values = re.split(", and | and |, ", tokenizer.decode(question.tokens[-question.answer : -1]).strip())
         assert len(values) == len(texts) and question.time >= max(needle.time for needle in needles)
