@@ -25,6 +25,7 @@ from pretrain.errors import RecipeError
 from pretrain.evaluation.units import format_length, parse_lengths
 from pretrain.inference import InferenceEngine, Reading
 from pretrain.model import HSAModel, transformer_config
+from pretrain.prefill_graph import WORTH
 from recipes import PRESETS_DIR
 
 # window, window inside HSA layers, top-k: the paper's, and for 345m its authors'.
@@ -188,7 +189,7 @@ def measure_prefill(case: Case, lengths: list[int], args: argparse.Namespace) ->
     engine, sizes = case.engine, case.sizes
     (until,) = parse_lengths(args.full_until)
     rate = matmul_rate(case.model)
-    _timed(engine, _tokens(case, engine.segment * 2 + engine.segment // 2))  # compiles
+    _timed(engine, _tokens(case, engine.segment * (WORTH + 1) + engine.segment // 2))  # compiles, records
     records = []
     for length in lengths:
         tokens = _tokens(case, length)

@@ -22,6 +22,7 @@ from parallel.memory import ContextMemory
 from pretrain.context_store import ContextStore, Placement
 from pretrain.decode_step import DecodeStep
 from pretrain.model import HSAModel
+from pretrain.prefill_graph import WORTH, Halos, SegmentGraph
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class InferenceEngine:
         self._angles = model.rotary_pos_emb(self.segment + max(window, hsa_window))
         self.store = ContextStore(model.model, self.device, parameter.dtype, self.placement)
         self._step: DecodeStep | None = None
+        self.graphs_segments = self.uses_graph and not model.model.num_experts  # experts' loads decide shapes
+        self._segment: SegmentGraph | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -250,8 +253,14 @@ class InferenceEngine:
     def _read_prompt(self, reading: Reading, tokens: Tensor) -> tuple[Reading, Tensor]:
         """Tokens (B, L) of one reading's sequences -> the reading after them and logits (B, V)."""
         tail: list[Tensor] = []
-        for part in tokens.split(self.segment, dim=1):
-            reading, hidden = self._read(reading, part)
+        parts = list(tokens.split(self.segment, dim=1))
+        while parts:
+            alike = 0 if self.full_prefill else self._alike(reading, parts)
+            if alike >= WORTH:
+                reading, hidden = self._read_alike(reading, parts[:alike])
+                parts, tail = parts[alike:], [hidden]
+                continue
+            reading, hidden = self._read(reading, parts.pop(0))
             if self.full_prefill:
                 reading, output = self._upper(reading, hidden, reading.position - hidden.shape[0])
                 tail = [output]
@@ -285,6 +294,42 @@ class InferenceEngine:
             numbers = torch.arange(first, first + complete // chunk, device=self.device)[None]
             self.store.write(self._encode(pending[:complete], numbers), reading.rows, first)
         return Reading(reading.rows, start + tokens.shape[1], halos, pending[complete:].clone()), hidden
+
+    def _alike(self, reading: Reading, parts: list[Tensor]) -> int:
+        """How many of the next segments can be read in fixed buffers; 0 where this one cannot."""
+        chunk, waiting = self.model.model.chunk_size, reading.pending
+        whole = self.segment % chunk == 0 and waiting is not None and not waiting.shape[0]
+        reach = bool(reading.halos) and all(
+            reading.halos[layer.layer_number][0].shape[0] == layer.window - 1
+            for layer in self.lower
+            if layer.has_window
+        )
+        if not (self.graphs_segments and self.upper and whole and reach and self.segment >= self.receptive_field):
+            return 0
+        return len(parts) - (parts[-1].shape[1] < self.segment)
+
+    def _read_alike(self, reading: Reading, parts: list[Tensor]) -> tuple[Reading, Tensor]:
+        """As `_read` for whole segments one after the other; returns the lower output of the last `receptive_field`
+        tokens.
+        """
+        chunk = self.model.model.chunk_size
+        numbers = torch.arange(self.segment // chunk, device=self.device)[None]
+        lower = [layer.layer_number for layer in self.lower if layer.has_window]
+        halos = {number: reading.halos[number] for number in lower}
+        graph = self._segment
+        if graph is None or not graph.fits(parts[0]):
+            graph = self._segment = SegmentGraph(self._work_alike, parts[0], numbers, halos)
+        graph.load(halos)
+        for part in parts:
+            first = reading.position // chunk
+            hidden, memory = graph.run(part, numbers + first)
+            self.store.write(memory, reading.rows, first)
+            reading = replace(reading, position=reading.position + self.segment)
+        return replace(reading, halos={**reading.halos, **graph.halos()}), hidden[-self.receptive_field :].clone()
+
+    def _work_alike(self, tokens: Tensor, numbers: Tensor, halos: Halos) -> tuple[Tensor, ContextMemory, Halos]:
+        hidden, after = self._layers(self.lower, self.model.embed(tokens), dict(halos), None, 0)
+        return hidden, self._encode(hidden, numbers), after
 
     def _encode(self, hidden: Tensor, numbers: Tensor) -> ContextMemory:
         encoder = self.upper[0].encoder

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from parallel import mesh
-from parallel.model_config import ModelConfig
+from parallel.model_config import Ablations, ModelConfig
 from pretrain.context_store import Placement
 from pretrain.decode_step import DecodeStep
 from pretrain.inference import InferenceEngine
@@ -178,3 +178,29 @@ def test_misuse_is_named():
     engine.prefill(draw(2, 4))
     with pytest.raises(ValueError, match="reset first"):
         engine.prefill(draw(1, 4))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(bypass=False), dict(hsa_rope=True)], ids=str)
+def test_segments_in_fixed_buffers_equal_segments_one_by_one(changes):
+    model = make(num_experts=0, lower_layers=2, ablations=Ablations(**changes))
+    tokens = draw(2, 700)
+    plain, fixed = engine_of(model), engine_of(model, frozen=True)
+    fixed.graphs_segments = True  # on a CPU: the same buffers without a graph
+    calls = []
+    alike = fixed._read_alike
+    fixed._read_alike = lambda reading, parts: calls.append(len(parts)) or alike(reading, parts)
+    at, kept = 0, []
+    for length in (32 * 6, 32 * 4 + 3, 5, 32 * 5, 40):  # where a token waits for its chunk no segment is alike
+        want, got = (engine.prefill(tokens[:, at : at + length]) for engine in (plain, fixed))
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        at += length
+        kept.append((at, fixed.readings()))
+    assert calls == [5, 4, 5]
+    last = tokens[:, at]
+    torch.testing.assert_close(fixed.decode(last), plain.decode(last), rtol=1e-10, atol=1e-10)
+    at, reading = kept[1]
+    fixed.rewind(reading)  # later segments have changed nothing of it
+    plain.reset()
+    plain.prefill(tokens[:, :at])
+    further = tokens[:, at : at + 9]
+    torch.testing.assert_close(fixed.prefill(further), plain.prefill(further), rtol=1e-10, atol=1e-10)
