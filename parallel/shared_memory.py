@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hsa_kernels import ops
 from parallel.memory import ContextMemory
+from parallel.previous import with_previous
 
 _MOST_CANDIDATES = 128  # what the selection kernel can list
 _FEW_ROWS = 256  # up to so many queries plain matrix products are faster than the kernel
@@ -82,12 +84,14 @@ class SharedMemory:
         retrieval: Tensor,
         *,
         top_k: int | None,
+        previous: int = 0,
         query_offset: int,
         weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """HSA of all prompts: q (B, L, Hq, D), retrieval (B, L, Hr, Dr) fp32 of tokens query_offset .. -> like q.
 
-        weigh: weights of chosen chunks from their scores and ids, both in the order of the text; None: softmax.
+        previous: so many of the best chunks bring the chunk before them (`with_previous`). weigh: weights of chosen
+        chunks from their scores and ids, both in the order of the text; None: softmax.
         """
         batch, length = q.shape[:2]
         ids, scores = self._candidates(retrieval, top_k)
@@ -109,6 +113,9 @@ class SharedMemory:
         ids = ids.int().flatten(0, 1)[None]
         scores = scores.masked_fill(scores == -math.inf, 0.0).flatten(0, 1)[None]
         weights = (weigh or ops.selection_weights)(scores, ids)
+        if previous:
+            before = partial(self._before, batch)
+            ids, weights = with_previous(ids, weights, previous, before)
         heads = self.k.shape[2]
         if ids.shape[2] < heads:
             ids, weights = (x.expand(-1, -1, heads, -1) for x in (ids, weights))
@@ -121,6 +128,18 @@ class SharedMemory:
         last = torch.iinfo(torch.int64).max
         own = self.numbers.flatten()[(ids - self.capacity).clamp(min=0)] if self.numbers.numel() else ids
         return torch.where(ids < self.capacity, ids, own).masked_fill(ids < 0, last)
+
+    def _before(self, batch: int, ids: Tensor) -> Tensor:
+        """Ids (1, B * L, Hr, n) of chosen chunks -> ids of the chunks before them in the text of the same prompt."""
+        wanted = self._places(ids.view(batch, -1, *ids.shape[2:]).long()).flatten(1) - 1
+        found = torch.where(wanted < self.shared, wanted, -1)
+        if self.numbers.numel():
+            in_order, slots = self.numbers.sort(1)
+            at = torch.searchsorted(in_order, wanted).clamp(max=in_order.shape[1] - 1)
+            own = (in_order.gather(1, at) == wanted) & (wanted >= 0)
+            first = self.capacity + torch.arange(batch, device=ids.device)[:, None] * self.numbers.shape[1]
+            found = torch.where(own, first + slots.gather(1, at), found)
+        return found.view(ids.shape)
 
     def _candidates(self, retrieval: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
         """Ids int64 and scores (B, L, Hr, n) of shared chunks that hold the best ones, -inf where replaced."""

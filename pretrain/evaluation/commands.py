@@ -98,6 +98,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="chunks per token, or full (default: the last stage's); with --haystacks several to compare: 4,16,64",
     )
     parser.add_argument(
+        "--previous",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the N best chunks of a token bring the chunk before them, for sentences across their edge (default 0)",
+    )
+    parser.add_argument(
         "--full-prefill",
         action="store_true",
         help="run the upper decoder over the whole prompt (slower, for comparison; the result is the same)",
@@ -159,6 +166,10 @@ def load(args: argparse.Namespace) -> Loaded:
         raise RecipeError("--top-k: several are asked of texts that questions share: add --haystacks, or give one")
     if ways:
         options["top_k"] = ways[0]
+    if args.previous < 0:
+        raise RecipeError(f"--previous is {args.previous}: it must be 0 (none) or larger")
+    if args.previous:
+        options["previous"] = args.previous
     if args.full_prefill:
         options["full_prefill"] = True
     if args.memory != "device" or args.memory_fp8:
@@ -191,7 +202,13 @@ def load(args: argparse.Namespace) -> Loaded:
 
 def _refuse_memory_options(args: argparse.Namespace) -> None:
     """RecipeError for an option about the context memory, which a model without HSA does not have."""
-    for name, unset in (("haystacks", None), ("top_k", None), ("memory", "device"), ("memory_fp8", False)):
+    for name, unset in (
+        ("haystacks", None),
+        ("top_k", None),
+        ("previous", 0),
+        ("memory", "device"),
+        ("memory_fp8", False),
+    ):
         if getattr(args, name, unset) != unset:
             raise RecipeError(
                 f"--{name.replace('_', '-')}: {args.checkpoint} was trained with model.ablations.hsa: false and has no "

@@ -60,13 +60,16 @@ def stream(engine, tokens, prompt, lengths=None):
     ],
     ids=["experts", "experts, many tokens", "dense", "shared retrieval"],
 )
-@pytest.mark.parametrize(("window", "hsa_window", "top_k"), [(16, 8, 3), (9, 21, None)])
-def test_the_fixed_size_step_equals_the_full_forward(changes, batch, window, hsa_window, top_k):
+@pytest.mark.parametrize(
+    ("window", "hsa_window", "top_k", "previous"), [(16, 8, 3, 0), (9, 21, None, 0), (16, 8, 3, 2), (16, 8, 2, 7)]
+)
+def test_the_fixed_size_step_equals_the_full_forward(changes, batch, window, hsa_window, top_k, previous):
     model = make(window, hsa_window, top_k, **changes)
     tokens = draw(batch, 75)
+    model.schedule.previous = previous
     with torch.no_grad():
         full = model(torch.nn.functional.pad(tokens, (0, 5)))[:, :75].float()
-    engine = engine_of(model, frozen=True)
+    engine = engine_of(model, frozen=True, previous=previous)
     for prompt in (1, 45):
         engine.reset()
         torch.testing.assert_close(stream(engine, tokens, prompt), full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
