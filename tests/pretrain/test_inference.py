@@ -91,8 +91,10 @@ def test_stacking_the_experts_changes_no_weight():
 
 
 @pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("placement", [Placement(), Placement(host=True)], ids=["device", "host"])
-def test_requests_of_different_lengths_are_each_as_if_alone(left, placement):
+@pytest.mark.parametrize(
+    ("placement", "previous"), [(Placement(), 0), (Placement(host=True), 0), (Placement(host=True), 2)], ids=str
+)
+def test_requests_of_different_lengths_are_each_as_if_alone(left, placement, previous):
     model = make()
     lengths = [37, 5, 64, 37, 90]
     prompts = [draw(1, n, seed=n + i)[0] for i, n in enumerate(lengths)]
@@ -100,11 +102,11 @@ def test_requests_of_different_lengths_are_each_as_if_alone(left, placement):
     padded = torch.full((5, 90), 63)
     for row, prompt in enumerate(prompts):
         padded[row, 90 - len(prompt) if left else 0 :][: len(prompt)] = prompt
-    engine = engine_of(model, frozen=True, memory=placement)
+    engine = engine_of(model, frozen=True, memory=placement, previous=previous)
     together = [engine.prefill(padded, lengths, padded_left=left), *(engine.decode(t) for t in more.T)]
     assert engine.positions == [n + 30 for n in lengths]
     for row, prompt in enumerate(prompts):
-        alone = engine_of(model)
+        alone = engine_of(model, previous=previous)
         expected = [alone.prefill(prompt[None]), *(alone.decode(t) for t in more[row : row + 1].T)]
         for got, want in zip(together, expected, strict=True):
             torch.testing.assert_close(got[row], want[0], rtol=1e-5, atol=1e-6)
