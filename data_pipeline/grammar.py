@@ -334,21 +334,8 @@ _CUES_MANY = (
 # Behind a key in a question, put together from parts; a model that saw few such words takes questions with others for
 # text, and goes on with it.
 _STOOD = (
-    *(
-        "",
-        "",
-        "",
-        " mentioned",
-        " given",
-        " stated",
-        " noted",
-        " found",
-        " written",
-        " named",
-        " described",
-        " recorded",
-    ),
-    *(" that was noted", " that was said", " which stands", " as told", " as you read it"),
+    *("", "", "", " mentioned", " given", " stated", " noted", " found", " written", " named"),
+    *(" described", " recorded", " that was noted", " that was said", " which stands", " as told", " as you read it"),
 )
 _PLACES = (
     *(" above", " earlier", " before", " further up", " somewhere above", " according to what you read"),

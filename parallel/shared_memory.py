@@ -114,8 +114,7 @@ class SharedMemory:
         scores = scores.masked_fill(scores == -math.inf, 0.0).flatten(0, 1)[None]
         weights = (weigh or ops.selection_weights)(scores, ids)
         if previous:
-            before = partial(self._before, batch)
-            ids, weights = with_previous(ids, weights, previous, before)
+            ids, weights = with_previous(ids, weights, previous, partial(self._before, batch))
         heads = self.k.shape[2]
         if ids.shape[2] < heads:
             ids, weights = (x.expand(-1, -1, heads, -1) for x in (ids, weights))
@@ -131,7 +130,7 @@ class SharedMemory:
 
     def _before(self, batch: int, ids: Tensor) -> Tensor:
         """Ids (1, B * L, Hr, n) of chosen chunks -> ids of the chunks before them in the text of the same prompt."""
-        wanted = self._places(ids.view(batch, -1, *ids.shape[2:]).long()).flatten(1) - 1
+        wanted = self._places(ids.long()).view(batch, -1) - 1
         found = torch.where(wanted < self.shared, wanted, -1)
         if self.numbers.numel():
             in_order, slots = self.numbers.sort(1)

@@ -19,6 +19,7 @@ from parallel.compat import MoELayer
 from parallel.experts import stacked_weights
 from parallel.layers import DecoderLayer, KeysAndValues
 from pretrain.context_store import ContextStore
+from pretrain.cuda_graph import recorded
 from pretrain.model import HSAModel
 
 _ROTATED, _VALUE, _RAW = range(3)
@@ -126,17 +127,8 @@ class DecodeStep:
 
     def _capture(self) -> None:
         before = self.position.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and workspaces made outside of the graph
-                self.step()
-                self.position.copy_(before)  # the step writes the same again into every buffer but this one
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self.step()
-        self._graph = graph
+        # The step writes the same again into every buffer but this one.
+        self._graph, self._logits = recorded(self.step, lambda: self.position.copy_(before))
 
     @torch.compiler.set_stance("force_eager")
     def step(self) -> Tensor:

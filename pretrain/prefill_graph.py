@@ -14,6 +14,7 @@ from torch import Tensor
 
 from parallel.layers import KeysAndValues
 from parallel.memory import ContextMemory
+from pretrain.cuda_graph import recorded
 
 Halos = Mapping[int, KeysAndValues]
 Work = Callable[[Tensor, Tensor, Halos], tuple[Tensor, ContextMemory, Halos]]
@@ -58,7 +59,8 @@ class SegmentGraph:
         if tokens.device.type != "cuda":
             return self._step()
         if self._graph is None:
-            self._record()
+            before = self.halos()
+            self._graph, self._made = recorded(self._step, lambda: self.load(before))
         assert self._graph is not None and self._made is not None
         self._graph.replay()
         return self._made
@@ -67,17 +69,3 @@ class SegmentGraph:
         hidden, memory, halos = self._work(self._tokens, self._numbers, self._halos)
         self.load(halos)
         return hidden, memory
-
-    def _record(self) -> None:
-        before = self.halos()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and workspaces made outside of the graph
-                self._step()
-                self.load(before)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._made = self._step()
-        self.load(before)
