@@ -438,9 +438,9 @@ def variable_names(rng: np.random.Generator, count: int, taken: Container[str] =
     return _different(rng, choice(rng, _VARIABLE_NAMES), count, taken)  # type: ignore[arg-type]
 
 
-def variable_value(rng: np.random.Generator) -> str:
-    """What a chain of variables holds: a number of any length but the held-out one."""
-    return _digits(rng)
+def variable_values(rng: np.random.Generator, count: int) -> list[str]:
+    """What chains of variables hold: different numbers of any length but the held-out one."""
+    return _different(rng, _digits, count, ())
 
 
 def _wide_noun(rng: np.random.Generator) -> str:

@@ -119,13 +119,11 @@ def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: b
     if not as_list and rng.random() < _CHAINS:
         return _chain(rng, tokenizer, taken)
     if not as_list and rng.random() < _VALUES:
-        return _values(rng, tokenizer, taken)
+        return _values(rng, tokenizer)
     needle, one, several = wide_wording(rng)
     count = left if as_list else 1 if rng.random() < 0.4 else min(left, int(rng.integers(2, 9)))
     near = as_list and rng.random() < _NEAR
-    keys = near_keys(rng, count) if near else wide_keys(rng, count, taken)
-    values = wide_values(rng, count)
-    taken.update(keys)
+    keys, values = (near_keys if near else wide_keys)(rng, count), wide_values(rng, count)
     times = rng.random(count) * (0.9 if as_list else 1.0)
     share = min(_ASKED, max(12, count * _LIST_TOKENS // _LIST_ASKED) / count) if as_list else _ASKED
     asked = rng.random(count) < share
@@ -159,11 +157,10 @@ def _joined(words: list[str], link: str) -> str:
     return " and ".join(words) if len(words) == 2 else f"{', '.join(words[:-1])}{link}{words[-1]}"
 
 
-def _values(rng: np.random.Generator, tokenizer: Tokenizer, taken: set[str]) -> list[Event]:
+def _values(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
     """Several values of one key, and a question for all of them behind the last, answered in the order of the text."""
     needle, _, several = wide_wording(rng)
-    (key,), values = wide_keys(rng, 1, taken), wide_values(rng, _several(rng))
-    taken.add(key)
+    (key,), values = wide_keys(rng, 1), wide_values(rng, _several(rng))
     events = _in_order(rng, tokenizer, [needle.format(key=key, value=value) for value in values])
     facts = Facts([], several.format(keys=key), f" {_joined(values, str(choice(rng, _LINKS)))}")
     return [*events, _question(rng, tokenizer, facts, events[-1].time)]

@@ -10,6 +10,7 @@ many facts and questions, see ``recall``; ``niah_needles`` is a haystack made of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -36,6 +37,8 @@ _SNAP = 48  # a needle moves by at most this many tokens to follow the end of a 
 _CUT = 0.6  # share of the needles of "wide" that are moved onto a chunk's edge where there is room: who chooses chunks
 # finds them hardest, and by chance only one in five needles of a dozen tokens lies across an edge of 64
 _CUT_TRIES = 4
+_MOST_CHAINS = 6  # of variables in one sample of "wide", worded alike: which of them is meant has to be told
+_CHAIN_ROOM = 512  # tokens of a sample for each of them
 
 
 class SampleTooShort(DataError):
@@ -124,7 +127,15 @@ def build_sample(
         facts = _fill_with_needles(rng, tokenizer, length, templates, digits, values, depth)
     else:
         facts = make_facts(
-            task, rng, templates=templates, digits=digits, keys=keys, queries=queries, hops=hops, values=values
+            task,
+            rng,
+            templates=templates,
+            digits=digits,
+            keys=keys,
+            queries=queries,
+            hops=hops,
+            values=values,
+            chains=_chains(rng, length) if templates == "wide" else 1,
         )
     question_ids, answer_ids = tokenizer.encode_words(facts.question), tokenizer.encode_words(facts.answer)
     pieces = [tokenizer.encode_words(needle) for needle in facts.needles]
@@ -174,13 +185,20 @@ def make_facts(
     queries: int = 2,
     hops: int = 4,
     values: str = "number",
+    chains: int = 1,
 ) -> Facts:
     """Needles, question and answer of a NIAH task or of variable tracking, as `build_sample` words them."""
     if task == "variable_tracking":
-        return variable_facts(rng, templates, digits, hops)
+        return variable_facts(rng, templates, digits, hops, chains=chains)
     asked = queries if task == "niah_multiquery" else 1
     count = 1 if task == "niah_single" else max(keys, asked)
     return number_facts(rng, templates, digits, count, asked, values)
+
+
+def _chains(rng: np.random.Generator, length: int) -> int:
+    """How many chains of variables a sample has; log-uniform."""
+    most = min(_MOST_CHAINS, max(1, length // _CHAIN_ROOM))
+    return math.floor(math.exp(rng.uniform(0.0, math.log(most + 1))))
 
 
 def needle_haystack(

@@ -22,7 +22,7 @@ from data_pipeline.grammar import (
     hexadecimal,
     random_number,
     variable_names,
-    variable_value,
+    variable_values,
     wide_keys,
     wide_values,
     wide_variables,
@@ -208,18 +208,26 @@ def many_facts(rng: np.random.Generator, templates: str, digits: int, count: int
 
 
 def variable_facts(
-    rng: np.random.Generator, templates: str, digits: int, hops: int, taken: Container[str] = ()
+    rng: np.random.Generator, templates: str, digits: int, hops: int, taken: Container[str] = (), chains: int = 1
 ) -> Facts:
     """A chain of ``hops`` + 1 assignments; the answer lists every name in it (RULER's variable tracking). ``taken``:
-    names that ``wide`` must not use, as other chains of the same text do.
+    names that ``wide`` must not use, as other chains of the same text do. ``chains``: of ``wide``, worded alike and
+    mixed, each in its order; the first is asked for.
     """
     if templates == "wide":
         first, then, question = wide_variables(rng)
-        names, value = variable_names(rng, hops + 1, taken), variable_value(rng)
+        names, values = variable_names(rng, chains * (hops + 1), taken), variable_values(rng, chains)
     else:
         first, then, question = _VARIABLES[templates][int(rng.integers(len(_VARIABLES[templates])))]
-        names = random_word(rng, hops + 1)
-        value = random_number(rng, digits)
-    needles = [first.format(name=names[0], value=value)]
-    needles += [then.format(name=b, other=a) for a, b in zip(names[:-1], names[1:], strict=True)]
-    return Facts(needles, question.format(value=value), " " + ", ".join(names), ordered=True)
+        names, values, chains = random_word(rng, hops + 1), [random_number(rng, digits)], 1
+    mixed: list[tuple[float, str]] = []
+    for chain, value in enumerate(values):
+        mine = names[chain * (hops + 1) : (chain + 1) * (hops + 1)]
+        needles = [first.format(name=mine[0], value=value)]
+        needles += [then.format(name=b, other=a) for a, b in zip(mine[:-1], mine[1:], strict=True)]
+        mixed += zip(
+            np.sort(rng.random(len(needles))).tolist() if chains > 1 else range(len(needles)), needles, strict=True
+        )
+    mixed.sort(key=lambda placed: placed[0])
+    answer = " " + ", ".join(names[: hops + 1])
+    return Facts([needle for _, needle in mixed], question.format(value=values[0]), answer, ordered=True)

@@ -24,9 +24,9 @@ from parallel.context import keep_in_graph, start_halo
 from parallel.fused import rotate
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
+from parallel.neighbours import with_neighbours
 from parallel.norm import RMSNorm
 from parallel.positions import absolute_angles
-from parallel.previous import with_previous
 from parallel.selection import select_chunks
 from parallel.shared_memory import SharedMemory
 from parallel.tensor import HeadLinear, whole_sequence
@@ -39,14 +39,14 @@ class AttentionSchedule:
 
     window, hsa_window: tokens a sliding-window layer sees, the token itself included (hsa_window: inside HSA layers).
     top_k: chunks an HSA token reads; None means every visible chunk.
-    previous: so many of a token's best chunks bring the chunk before them (`with_previous`); for reading only.
+    neighbours: so many of a token's best chunks bring the chunks beside them (`with_neighbours`); for reading only.
     balance_selection: share chunk selection out evenly over context-parallel ranks; None: where it pays.
     """
 
     window: int = 512
     hsa_window: int = 512
     top_k: int | None = None
-    previous: int = 0
+    neighbours: int = 0
     balance_selection: bool | None = None
 
 
@@ -250,7 +250,7 @@ class HierarchicalSparseAttention(MegatronModule):
                 q.transpose(0, 1),
                 retrieval.transpose(0, 1),
                 top_k=self.schedule.top_k,
-                previous=self.schedule.previous,
+                neighbours=self.schedule.neighbours,
                 query_offset=query_offset,
                 weigh=self.weights if self.recency is not None else None,
             )
@@ -270,8 +270,9 @@ class HierarchicalSparseAttention(MegatronModule):
                 noise=self._noise(retrieval, read.chunks),
             )
             weights = self.weights(scores, indices)
-            if self.schedule.previous:
-                indices, weights = with_previous(indices, weights, self.schedule.previous)
+            if self.schedule.neighbours:
+                now = (positions // model.chunk_size)[:, None, None]
+                indices, weights = with_neighbours(indices, weights, self.schedule.neighbours, now)
             if indices.shape[2] < k.shape[2]:  # one retrieval shared by all key/value heads
                 indices = indices.expand(-1, -1, k.shape[2], -1)
                 weights = weights.expand(-1, -1, k.shape[2], -1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hsa_kernels import ops
 from parallel.memory import ContextMemory
-from parallel.previous import with_previous
+from parallel.neighbours import with_neighbours
 
 _MOST_CANDIDATES = 128  # what the selection kernel can list
 _FEW_ROWS = 256  # up to so many queries plain matrix products are faster than the kernel
@@ -84,21 +84,21 @@ class SharedMemory:
         retrieval: Tensor,
         *,
         top_k: int | None,
-        previous: int = 0,
+        neighbours: int = 0,
         query_offset: int,
         weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """HSA of all prompts: q (B, L, Hq, D), retrieval (B, L, Hr, Dr) fp32 of tokens query_offset .. -> like q.
 
-        previous: so many of the best chunks bring the chunk before them (`with_previous`). weigh: weights of chosen
-        chunks from their scores and ids, both in the order of the text; None: softmax.
+        neighbours: so many of the best chunks bring the chunks beside them (`with_neighbours`). weigh: weights of
+        chosen chunks from their scores and ids, both in the order of the text; None: softmax.
         """
         batch, length = q.shape[:2]
         ids, scores = self._candidates(retrieval, top_k)
         size = self.numbers.shape[1]
+        now = (torch.arange(length, device=q.device) + query_offset) // self.chunk_size
         if size:
             own = torch.einsum("blhd,bchd->blhc", retrieval, self.own) / math.sqrt(retrieval.shape[-1])
-            now = (torch.arange(length, device=q.device) + query_offset) // self.chunk_size
             visible = (self.numbers >= 0)[:, None] & (self.numbers[:, None] < now[None, :, None])
             own = own.masked_fill(~visible[:, :, None], -math.inf)
             first = self.capacity + torch.arange(batch * size, device=q.device).view(batch, 1, 1, size)
@@ -113,8 +113,9 @@ class SharedMemory:
         ids = ids.int().flatten(0, 1)[None]
         scores = scores.masked_fill(scores == -math.inf, 0.0).flatten(0, 1)[None]
         weights = (weigh or ops.selection_weights)(scores, ids)
-        if previous:
-            ids, weights = with_previous(ids, weights, previous, partial(self._before, batch))
+        if neighbours:
+            end = now.repeat(batch)[:, None, None]
+            ids, weights = with_neighbours(ids, weights, neighbours, end, partial(self._beside, batch, end))
         heads = self.k.shape[2]
         if ids.shape[2] < heads:
             ids, weights = (x.expand(-1, -1, heads, -1) for x in (ids, weights))
@@ -128,9 +129,12 @@ class SharedMemory:
         own = self.numbers.flatten()[(ids - self.capacity).clamp(min=0)] if self.numbers.numel() else ids
         return torch.where(ids < self.capacity, ids, own).masked_fill(ids < 0, last)
 
-    def _before(self, batch: int, ids: Tensor) -> Tensor:
-        """Ids (1, B * L, Hr, n) of chosen chunks -> ids of the chunks before them in the text of the same prompt."""
-        wanted = self._places(ids.long()).view(batch, -1) - 1
+    def _beside(self, batch: int, end: Tensor, ids: Tensor, step: int) -> Tensor:
+        """Ids (1, B * L, Hr, n) of chosen chunks -> ids of those ``step`` chunks later in the text of the same prompt,
+        -1 where that is none or not before ``end`` (B * L, 1, 1).
+        """
+        wanted = self._places(ids.long()) + step
+        wanted = wanted.masked_fill((ids < 0) | (wanted >= end), -1).view(batch, -1)
         found = torch.where(wanted < self.shared, wanted, -1)
         if self.numbers.numel():
             in_order, slots = self.numbers.sort(1)

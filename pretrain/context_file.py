@@ -40,7 +40,7 @@ def _belongs_to(engine: InferenceEngine, tokenizer_fingerprint: str) -> dict[str
         "format": FORMAT,
         "model": model_fingerprint(engine.model),
         "tokenizer": tokenizer_fingerprint,
-        **{name: value for name, value in engine.settings.items() if name != "previous" or value},
+        **{name: value for name, value in engine.settings.items() if name != "neighbours" or value},
         "fp8": engine.placement.fp8,
     }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hsa_kernels import ops
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
-from parallel.previous import with_previous
+from parallel.neighbours import with_neighbours
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
@@ -124,11 +124,11 @@ class ContextStore:
         retrieval: Tensor,
         visible: Tensor,
         top_k: int | None,
-        previous: int = 0,
+        neighbours: int = 0,
         weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """HSA of one new token per sequence: q (B, Hq, D), retrieval (B, Hr, Dr), visible (B,) int32 chunks.
-        previous: so many of the best chunks bring the chunk before them. weigh: weights from logarithms of the usual
+        neighbours: so many of the best chunks bring the chunks beside them. weigh: weights from logarithms of the usual
         ones and ids in ascending order.
 
         Shapes alone decide what is launched, unless keys and values lie in host memory.
@@ -137,8 +137,8 @@ class ContextStore:
         ids, weights = ops.hsa_decode_select(retrieval, self.landmarks, visible, top_k=wanted)
         if weigh is not None:
             weights = weigh(weights.log(), ids)
-        if previous:
-            ids, weights = with_previous(ids, weights, previous)
+        if neighbours:
+            ids, weights = with_neighbours(ids, weights, neighbours, visible[:, None, None])
             rest = (1 << (ids.shape[2] - 1).bit_length()) - ids.shape[2]  # the kernel takes powers of two
             ids, weights = nn.functional.pad(ids, (0, rest), value=-1), nn.functional.pad(weights, (0, rest))
         k, v = self.k, self.v

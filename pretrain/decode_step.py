@@ -43,10 +43,10 @@ class DecodeStep:
         window: int,
         hsa_window: int,
         top_k: int | None,
-        previous: int = 0,
+        neighbours: int = 0,
         static_experts: bool,
     ) -> None:
-        self.model, self.store, self.top_k, self.previous = model, store, top_k, previous
+        self.model, self.store, self.top_k, self.neighbours = model, store, top_k, neighbours
         self.layers: list[DecoderLayer] = list(model.decoder.layers)
         self.lower = model.model.first_hsa_layer
         parameter = next(model.parameters())
@@ -157,7 +157,7 @@ class DecodeStep:
             hsa = layer.hsa_attention
             q, retrieval = hsa.queries(layer.hsa_layernorm(x), self.position[None])
             weigh = hsa.weights if hsa.recency is not None else None
-            out = self.store.attend(q[0], retrieval[0], visible, self.top_k, self.previous, weigh)
+            out = self.store.attend(q[0], retrieval[0], visible, self.top_k, self.neighbours, weigh)
             mlp_input = x + hsa.linear_proj(out.flatten(1)[None])[0]
             if not layer.model.ablations.bypass:
                 x = mlp_input

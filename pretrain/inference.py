@@ -51,12 +51,12 @@ class Reading:
 class InferenceEngine:
     """Streams tokens through a model.
 
-    window, hsa_window in tokens; top_k in chunks (None: all visible); previous: so many of a token's best chunks bring
-    the chunk before them (`parallel.previous`); segment: tokens of one sequence per forward pass while a prompt is read
-    (None: 2048, on CUDA 16384). memory: where the context memory's keys and values lie. frozen: nobody trains these
-    weights while the engine lives; then mixtures of experts are computed without asking the device how many tokens each
-    expert got, and on CUDA a decode step is one CUDA graph (not with the memory on the host, where the chosen chunks
-    are fetched in between).
+    window, hsa_window in tokens; top_k in chunks (None: all visible); neighbours: so many of a token's best chunks
+    bring the chunks beside them (`parallel.neighbours`); segment: tokens of one sequence per forward pass while a
+    prompt is read (None: 2048, on CUDA 16384). memory: where the context memory's keys and values lie. frozen: nobody
+    trains these weights while the engine lives; then mixtures of experts are computed without asking the device how
+    many tokens each expert got, and on CUDA a decode step is one CUDA graph (not with the memory on the host, where the
+    chosen chunks are fetched in between).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class InferenceEngine:
         window: int,
         hsa_window: int,
         top_k: int | None,
-        previous: int = 0,
+        neighbours: int = 0,
         segment: int | None = None,
         full_prefill: bool = False,
         memory: Placement | None = None,
@@ -75,7 +75,7 @@ class InferenceEngine:
         parameter = next(model.parameters())
         self.model = model
         self.device = parameter.device
-        self.settings = {"window": window, "hsa_window": hsa_window, "top_k": top_k, "previous": previous}
+        self.settings = {"window": window, "hsa_window": hsa_window, "top_k": top_k, "neighbours": neighbours}
         self.segment = segment or (16384 if self.device.type == "cuda" else 2048)
         if self.segment < 1:
             raise ValueError(f"segment must be at least one token, is {segment}")

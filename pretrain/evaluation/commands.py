@@ -98,11 +98,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="chunks per token, or full (default: the last stage's); with --haystacks several to compare: 4,16,64",
     )
     parser.add_argument(
-        "--previous",
+        "--neighbours",
         type=int,
         default=0,
         metavar="N",
-        help="the N best chunks of a token bring the chunk before them, for sentences across their edge (default 0)",
+        help="the N best chunks of a token bring the chunks beside them, for sentences across an edge (default 0)",
     )
     parser.add_argument(
         "--full-prefill",
@@ -166,10 +166,10 @@ def load(args: argparse.Namespace) -> Loaded:
         raise RecipeError("--top-k: several are asked of texts that questions share: add --haystacks, or give one")
     if ways:
         options["top_k"] = ways[0]
-    if args.previous < 0:
-        raise RecipeError(f"--previous is {args.previous}: it must be 0 (none) or larger")
-    if args.previous:
-        options["previous"] = args.previous
+    if args.neighbours < 0:
+        raise RecipeError(f"--neighbours is {args.neighbours}: it must be 0 (none) or larger")
+    if args.neighbours:
+        options["neighbours"] = args.neighbours
     if args.full_prefill:
         options["full_prefill"] = True
     if args.memory != "device" or args.memory_fp8:
@@ -205,7 +205,7 @@ def _refuse_memory_options(args: argparse.Namespace) -> None:
     for name, unset in (
         ("haystacks", None),
         ("top_k", None),
-        ("previous", 0),
+        ("neighbours", 0),
         ("memory", "device"),
         ("memory_fp8", False),
     ):

@@ -202,7 +202,7 @@ def test_several_values_are_asked_for_at_once(tokenizer: Tokenizer) -> None:
     assert {1, 2, 3, 4} <= set(sizes) and 0.05 < sum(n in (3, 4) for n in sizes) / len(sizes) < 0.4
     rng, in_order = np.random.default_rng(5), 0
     for _ in range(20):
-        *needles, question = _values(rng, tokenizer, set())
+        *needles, question = _values(rng, tokenizer)
         texts = [tokenizer.decode(needle.tokens) for needle in sorted(needles, key=lambda event: event.time)]
         values = re.split(", and | and |, ", tokenizer.decode(question.tokens[-question.answer : -1]).strip())
         assert len(values) == len(texts) and question.time >= max(needle.time for needle in needles)
@@ -259,3 +259,16 @@ def test_a_haystack_of_needles_is_full_and_its_keys_differ(tokenizer: Tokenizer,
     assert len(set(facts.keys)) == len(facts.keys)
     for i in (0, 7, len(facts.keys) - 1):
         assert f" {facts.keys[i]} is: {facts.values[i]}." in facts.needles[i] and facts.keys[i] in facts.question(i)
+
+
+def test_several_chains_are_mixed_and_one_is_asked_for() -> None:
+    mixed = 0
+    for seed in range(60):
+        facts = variable_facts(np.random.default_rng(seed), "wide", 0, 2, chains=3)
+        names = facts.answer.strip().split(", ")
+        assert len(facts.needles) == 9 and len(names) == 3
+        at = [[i for i, needle in enumerate(facts.needles) if re.search(rf"\b{re.escape(n)}\b", needle)] for n in names]
+        first = [places[0] for places in at]
+        assert first == sorted(first)  # declared in order
+        mixed += first != list(range(first[0], first[0] + 3))
+    assert mixed > 30

@@ -61,15 +61,15 @@ def stream(engine, tokens, prompt, lengths=None):
     ids=["experts", "experts, many tokens", "dense", "shared retrieval"],
 )
 @pytest.mark.parametrize(
-    ("window", "hsa_window", "top_k", "previous"), [(16, 8, 3, 0), (9, 21, None, 0), (16, 8, 3, 2), (16, 8, 2, 7)]
+    ("window", "hsa_window", "top_k", "neighbours"), [(16, 8, 3, 0), (9, 21, None, 0), (16, 8, 3, 2), (16, 8, 2, 7)]
 )
-def test_the_fixed_size_step_equals_the_full_forward(changes, batch, window, hsa_window, top_k, previous):
+def test_the_fixed_size_step_equals_the_full_forward(changes, batch, window, hsa_window, top_k, neighbours):
     model = make(window, hsa_window, top_k, **changes)
     tokens = draw(batch, 75)
-    model.schedule.previous = previous
+    model.schedule.neighbours = neighbours
     with torch.no_grad():
         full = model(torch.nn.functional.pad(tokens, (0, 5)))[:, :75].float()
-    engine = engine_of(model, frozen=True, previous=previous)
+    engine = engine_of(model, frozen=True, neighbours=neighbours)
     for prompt in (1, 45):
         engine.reset()
         torch.testing.assert_close(stream(engine, tokens, prompt), full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
@@ -92,9 +92,9 @@ def test_stacking_the_experts_changes_no_weight():
 
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize(
-    ("placement", "previous"), [(Placement(), 0), (Placement(host=True), 0), (Placement(host=True), 2)], ids=str
+    ("placement", "neighbours"), [(Placement(), 0), (Placement(host=True), 0), (Placement(host=True), 2)], ids=str
 )
-def test_requests_of_different_lengths_are_each_as_if_alone(left, placement, previous):
+def test_requests_of_different_lengths_are_each_as_if_alone(left, placement, neighbours):
     model = make()
     lengths = [37, 5, 64, 37, 90]
     prompts = [draw(1, n, seed=n + i)[0] for i, n in enumerate(lengths)]
@@ -102,11 +102,11 @@ def test_requests_of_different_lengths_are_each_as_if_alone(left, placement, pre
     padded = torch.full((5, 90), 63)
     for row, prompt in enumerate(prompts):
         padded[row, 90 - len(prompt) if left else 0 :][: len(prompt)] = prompt
-    engine = engine_of(model, frozen=True, memory=placement, previous=previous)
+    engine = engine_of(model, frozen=True, memory=placement, neighbours=neighbours)
     together = [engine.prefill(padded, lengths, padded_left=left), *(engine.decode(t) for t in more.T)]
     assert engine.positions == [n + 30 for n in lengths]
     for row, prompt in enumerate(prompts):
-        alone = engine_of(model, previous=previous)
+        alone = engine_of(model, neighbours=neighbours)
         expected = [alone.prefill(prompt[None]), *(alone.decode(t) for t in more[row : row + 1].T)]
         for got, want in zip(together, expected, strict=True):
             torch.testing.assert_close(got[row], want[0], rtol=1e-5, atol=1e-6)
