@@ -2,7 +2,7 @@
 
 The encoder sees one chunk at a time, so of a sentence across a chunk's edge the landmark of one part cannot know what
 the other says, and no query finds it by that. It is found by the part that says what is looked for. The same weights,
-asked so, answer questions about such sentences that they miss otherwise (docs/h100-16m.md).
+asked so, find more of two facts at 16M tokens; chains of facts suffer (docs/h100-16m.md).
 """
 
 from __future__ import annotations
