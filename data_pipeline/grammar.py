@@ -241,7 +241,7 @@ _WIDE_VALUES: tuple[_Maker, ...] = (  # half of them words, which are harder to 
 _VARIABLE_NAMES: tuple[_Maker, ...] = (_noun, _noun, _name, _capitals, _code)
 
 
-def _different(rng: np.random.Generator, make: _Maker, count: int, taken: Container[str]) -> list[str]:
+def _different(rng: np.random.Generator, make: _Maker, count: int, taken: Container[str] = ()) -> list[str]:
     """``count`` different words of one maker, none of them ``taken``; a maker of few words is helped out by numbers."""
     found: dict[str, None] = {}
     tries = 0
@@ -254,9 +254,9 @@ def _different(rng: np.random.Generator, make: _Maker, count: int, taken: Contai
     return list(found)
 
 
-def wide_keys(rng: np.random.Generator, count: int, taken: Container[str] = ()) -> list[str]:
-    """Different keys of one kind, none of them ``taken``."""
-    return _different(rng, choice(rng, _KEYS), count, taken)  # type: ignore[arg-type]
+def wide_keys(rng: np.random.Generator, count: int) -> list[str]:
+    """Different keys of one kind."""
+    return _different(rng, choice(rng, _KEYS), count)  # type: ignore[arg-type]
 
 
 def wide_values(rng: np.random.Generator, count: int) -> list[str]:
@@ -440,7 +440,7 @@ def variable_names(rng: np.random.Generator, count: int, taken: Container[str] =
 
 def variable_values(rng: np.random.Generator, count: int) -> list[str]:
     """What chains of variables hold: different numbers of any length but the held-out one."""
-    return _different(rng, _digits, count, ())
+    return _different(rng, _digits, count)
 
 
 def _wide_noun(rng: np.random.Generator) -> str:

@@ -114,8 +114,8 @@ def text_length(rng: np.random.Generator, room: int) -> int:
 
 
 def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: bool, taken: set[str]) -> list[Event]:
-    """Facts worded alike with their questions; every question stands behind its facts in the list and in time. Keys and
-    names are none of those ``taken``, and are added to them."""
+    """Facts worded alike with their questions; every question stands behind its facts in the list and in time. Names of
+    chains are none of those ``taken``, and are added to them."""
     if not as_list and rng.random() < _CHAINS:
         return _chain(rng, tokenizer, taken)
     if not as_list and rng.random() < _VALUES:

@@ -219,15 +219,18 @@ def variable_facts(
         names, values = variable_names(rng, chains * (hops + 1), taken), variable_values(rng, chains)
     else:
         first, then, question = _VARIABLES[templates][int(rng.integers(len(_VARIABLES[templates])))]
-        names, values, chains = random_word(rng, hops + 1), [random_number(rng, digits)], 1
-    mixed: list[tuple[float, str]] = []
+        names, values = random_word(rng, hops + 1), [random_number(rng, digits)]
+    assigned = []
     for chain, value in enumerate(values):
         mine = names[chain * (hops + 1) : (chain + 1) * (hops + 1)]
-        needles = [first.format(name=mine[0], value=value)]
-        needles += [then.format(name=b, other=a) for a, b in zip(mine[:-1], mine[1:], strict=True)]
-        mixed += zip(
-            np.sort(rng.random(len(needles))).tolist() if chains > 1 else range(len(needles)), needles, strict=True
-        )
-    mixed.sort(key=lambda placed: placed[0])
-    answer = " " + ", ".join(names[: hops + 1])
-    return Facts([needle for _, needle in mixed], question.format(value=values[0]), answer, ordered=True)
+        others = [then.format(name=b, other=a) for a, b in zip(mine[:-1], mine[1:], strict=True)]
+        assigned.append([first.format(name=mine[0], value=value), *others])
+    needles = assigned[0] if len(assigned) == 1 else _mixed(rng, assigned)
+    return Facts(needles, question.format(value=values[0]), " " + ", ".join(names[: hops + 1]), ordered=True)
+
+
+def _mixed(rng: np.random.Generator, lists: list[list[str]]) -> list[str]:
+    """All of the lists in one, each in its order."""
+    times = np.concatenate([np.sort(rng.random(len(items))) for items in lists])
+    joined = [item for items in lists for item in items]
+    return [joined[i] for i in np.argsort(times).tolist()]

@@ -24,7 +24,7 @@ from parallel.context import keep_in_graph, start_halo
 from parallel.fused import rotate
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
-from parallel.neighbours import with_neighbours
+from parallel.neighbours import in_text, with_neighbours
 from parallel.norm import RMSNorm
 from parallel.positions import absolute_angles
 from parallel.selection import select_chunks
@@ -272,7 +272,7 @@ class HierarchicalSparseAttention(MegatronModule):
             weights = self.weights(scores, indices)
             if self.schedule.neighbours:
                 now = (positions // model.chunk_size)[:, None, None]
-                indices, weights = with_neighbours(indices, weights, self.schedule.neighbours, now)
+                indices, weights = with_neighbours(indices, weights, self.schedule.neighbours, in_text(now))
             if indices.shape[2] < k.shape[2]:  # one retrieval shared by all key/value heads
                 indices = indices.expand(-1, -1, k.shape[2], -1)
                 weights = weights.expand(-1, -1, k.shape[2], -1)

@@ -115,7 +115,7 @@ class SharedMemory:
         weights = (weigh or ops.selection_weights)(scores, ids)
         if neighbours:
             end = now.repeat(batch)[:, None, None]
-            ids, weights = with_neighbours(ids, weights, neighbours, end, partial(self._beside, batch, end))
+            ids, weights = with_neighbours(ids, weights, neighbours, partial(self._beside, batch, end))
         heads = self.k.shape[2]
         if ids.shape[2] < heads:
             ids, weights = (x.expand(-1, -1, heads, -1) for x in (ids, weights))

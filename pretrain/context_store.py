@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hsa_kernels import ops
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
-from parallel.neighbours import with_neighbours
+from parallel.neighbours import in_text, with_neighbours
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
@@ -138,7 +138,7 @@ class ContextStore:
         if weigh is not None:
             weights = weigh(weights.log(), ids)
         if neighbours:
-            ids, weights = with_neighbours(ids, weights, neighbours, visible[:, None, None])
+            ids, weights = with_neighbours(ids, weights, neighbours, in_text(visible[:, None, None]))
             rest = (1 << (ids.shape[2] - 1).bit_length()) - ids.shape[2]  # the kernel takes powers of two
             ids, weights = nn.functional.pad(ids, (0, rest), value=-1), nn.functional.pad(weights, (0, rest))
         k, v = self.k, self.v

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parallel.neighbours import with_neighbours
+from parallel.neighbours import in_text, with_neighbours
 
 
 def slowly(ids, weights, best, end):
@@ -29,7 +29,7 @@ def test_equal_to_one_token_after_the_other(best, seed):
     weights = torch.rand(ids.shape, generator=generator, dtype=torch.float64).masked_fill(ids < 0, 0.0)
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
     end = torch.randint(chunks, chunks + 2, (4, 1, 1), generator=generator)
-    more, heavier = with_neighbours(ids, weights, best, end)
+    more, heavier = with_neighbours(ids, weights, best, in_text(end))
     assert more.shape[-1] == top_k + 2 * min(best, top_k)
     ends = end.expand(2, 4, 3, 1)
     for row_ids, row_weights, got_ids, got_weights, (last,) in zip(
@@ -48,7 +48,6 @@ def test_other_ids_of_the_chunks_beside():
         torch.tensor([[7, 4, -1]]),
         torch.tensor([[0.25, 0.75, 0.0]]),
         1,
-        torch.tensor(9),
         lambda ids, step: ids + 100 * step,
     )
     assert ids.tolist() == [[7, 4, -1, -1, 104]]  # 4 - 100 is none
