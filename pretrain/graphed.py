@@ -18,6 +18,8 @@ from torch import Tensor
 from parallel import mesh
 from pretrain.recipe import Recipe
 
+Work = Callable[[list[dict[str, Tensor]]], None]
+
 _ORDINARY = 3  # steps before recording: kernels get compiled, allocations and communicators made
 
 
@@ -34,23 +36,26 @@ def uses_graph(recipe: Recipe, device: torch.device) -> bool:
 
 
 class GraphedPass:
-    """Runs ``work(inputs)`` for inputs of always the same shapes, from the fourth call on as a graph.
+    """Runs the same ``work(inputs)`` for inputs of always the same shapes, from the fourth call on as a graph.
 
     ``work`` reads the tensors of ``inputs`` and leaves what it makes in tensors that exist before. Where recording
     fails the pass goes on without a graph, and says so once.
     """
 
-    def __init__(self, work: Callable[[list[dict[str, Tensor]]], None], device: torch.device) -> None:
-        self._work = work
+    def __init__(self, device: torch.device) -> None:
         self._stream = side_stream(device)
         self._inputs: list[dict[str, Tensor]] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
         self._refused = False
 
-    def __call__(self, inputs: list[dict[str, Tensor]], prepare: Callable[[], None]) -> None:
+    def __call__(self, work: Work, inputs: list[dict[str, Tensor]], prepare: Callable[[], None]) -> None:
         """Copy ``inputs`` (host or device) to where the graph reads, call ``prepare`` (what ``work`` adds to is set to
-        its start), and run."""
+        its start), and run.
+
+        ``work`` is given anew each time, not kept: its owner owns this object, and in a circle of the two a stage's
+        graph would keep its activations' memory until the garbage collector comes by, which may be never.
+        """
         device = self._stream.device
         if not self._inputs:
             self._inputs = [{name: x.to(device) for name, x in part.items()} for part in inputs]
@@ -66,23 +71,23 @@ class GraphedPass:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             if self._calls <= _ORDINARY or self._refused:
-                self._work(self._inputs)
+                work(self._inputs)
             else:
-                self._record(prepare)
+                self._record(work, prepare)
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def _record(self, prepare: Callable[[], None]) -> None:
+    def _record(self, work: Work, prepare: Callable[[], None]) -> None:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._work(self._inputs)
+                work(self._inputs)
         except Exception as error:  # whatever a kernel, a hook or the driver does not allow while recording
             print(f"hsa: no CUDA graph of the training pass: {error}".splitlines()[0], file=sys.stderr, flush=True)
             self._refused = True
             torch.cuda.synchronize()
             prepare()
-            self._work(self._inputs)
+            work(self._inputs)
             return
         self._graph = graph
         graph.replay()

@@ -73,7 +73,7 @@ class TrainStep:
         self.config.finalize_model_grads_func = self._finalize
         self.loads = LoadStatistics(self.chunks, self.config) if self.config.num_moe_experts else None
         self._sums: StepSums  # of the step that is going on
-        self._graphed = GraphedPass(self._pass, device) if cuda_graph else None
+        self._graphed = GraphedPass(device) if cuda_graph else None
         self._loads = torch.zeros(0, dtype=torch.float64, device=device)
 
     def __call__(self, batch: PackedBatch, micro_batch: int, *, wants_stop: bool, skipped: int = 0) -> StepResult:
@@ -97,7 +97,7 @@ class TrainStep:
         else:  # a graph adds to the tensors that it was recorded with
             if not hasattr(self, "_sums"):
                 self._sums = StepSums(self.domains, batch.tokens.shape[1], self.device)
-            self._graphed(micro_batches, prepare)
+            self._graphed(self._pass, micro_batches, prepare)
         updated, grad_norm, _zeros = self.optimizer.step()
         # Everything the step says comes to the host in one copy.
         read = torch.cat((self._sums.values, self._loads)).tolist()

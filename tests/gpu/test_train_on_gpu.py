@@ -1,10 +1,12 @@
 """The same command on a GPU: losses follow those of the CPU, and a resumed run those of the unbroken one."""
 
+import gc
 import subprocess
 
 import pytest
 import torch
 
+from pretrain.graphed import GraphedPass
 from tests.conftest import hsa_command, hsa_environment, losses
 
 pytestmark = [
@@ -52,3 +54,28 @@ def test_a_graph_trains_like_single_launches(tiny_recipe, tmp_path):
     for (_, _, loss, norm), (_, _, expected, expected_norm) in zip(graph, plain, strict=True):
         assert loss == pytest.approx(expected, rel=1e-4)
         assert norm == pytest.approx(expected_norm, rel=1e-2)
+
+
+def test_a_stage_gives_back_the_memory_of_the_one_before():
+    """Each graph has buffers of its own: four stages after one another reserve no more than one does."""
+
+    class Stage:
+        def __init__(self):
+            self.sum = torch.zeros((), device="cuda")
+            self.graphed = GraphedPass(self.sum.device)
+
+        def work(self, inputs):
+            self.sum += (inputs[0]["x"] * torch.ones(1 << 26, device="cuda")).sum()  # 512 MiB
+
+    reserved = []
+    gc.disable()
+    try:
+        for _ in range(4):
+            stage = Stage()
+            for _ in range(5):
+                stage.graphed(stage.work, [{"x": torch.ones(1)}], stage.sum.zero_)
+            assert stage.sum.item() == 1 << 26 and stage.graphed._graph is not None
+            reserved.append(torch.cuda.memory_reserved())
+    finally:
+        gc.enable()
+    assert max(reserved) < 1.5 * reserved[0]
