@@ -102,6 +102,8 @@ class Console:
         ]
         if self._peak_flops and self._flops_per_token:
             parts.append(f"MFU {100 * self._flops_per_token * tokens / seconds / self._peak_flops:4.1f}%")
+        if "gpu_memory_gib" in record:
+            parts.append(f"{record['gpu_memory_gib']:.1f} GiB")
         parts.append(f"wait {100 * record['data_wait_seconds'] / seconds:4.1f}%")
         if self._seconds:
             left = max(0, self.total_steps - record["step"]) * statistics.median(self._seconds)

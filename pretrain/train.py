@@ -408,9 +408,15 @@ class Training:
             stream.close()
 
     def _make_step(self, domains: list[str]) -> Any:
+        import torch
+
         from pretrain.train_step import TrainStep
 
-        return TrainStep(self.chunks, self.optimizer, domains, self.device, cuda_graph=self.cuda_graph)
+        step = TrainStep(self.chunks, self.optimizer, domains, self.device, cuda_graph=self.cuda_graph)
+        if self.device.type == "cuda":  # the stage before took the last step's place: what it held is free by now
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return step
 
     def _set_learning_rate(self) -> float:
         """Set every parameter group's rate for the step to come; returns the recipe's `lr` at this step."""
@@ -437,6 +443,10 @@ class Training:
             **result.experts,
             **{f"loss_from/{position}": loss for position, loss in result.position_losses.items()},
         }
+        if self.device.type == "cuda":
+            import torch
+
+            record["gpu_memory_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
         if result.skipped:
             record["skipped_documents"] = result.skipped
         if grown:

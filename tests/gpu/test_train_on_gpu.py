@@ -1,6 +1,7 @@
 """The same command on a GPU: losses follow those of the CPU, and a resumed run those of the unbroken one."""
 
 import gc
+import json
 import subprocess
 
 import pytest
@@ -29,6 +30,8 @@ def train(recipe, run_dir, *overrides, cpu=False):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert ("cuda" in done.stdout) is not cpu
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert all(("gpu_memory_gib" in json.loads(line)) is not cpu for line in lines)
     return losses(run_dir)
 
 

@@ -58,6 +58,12 @@ def test_without_a_known_peak_there_is_no_mfu():
     assert "MFU" not in out.getvalue()
 
 
+def test_a_step_on_a_gpu_says_what_it_holds():
+    console, out = printed()
+    console.step({**record(1), "gpu_memory_gib": 15.625})
+    assert " tok/s  15.6 GiB  wait " in out.getvalue()
+
+
 def test_a_resumed_run_counts_the_tokens_of_its_own_steps():
     console, out = printed(step=40, tokens=40 * 4096)
     console.step(record(41))
