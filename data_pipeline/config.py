@@ -60,7 +60,9 @@ class SyntheticConfig:
     again). digits: length of a number. keys: needles of ``niah_multikey`` and ``niah_multiquery``. queries: how many
     of them ``niah_multiquery`` asks for. hops: assignments after the first in ``variable_tracking``. copy_random:
     share of ``copy`` samples made of random tokens instead of text. templates: wordings, see ``wordings.py``: ``train``
-    (three) or ``wide`` (a grammar with kinds of keys and values, which ignores ``digits``). *_weight: loss weight of
+    (three) or ``wide`` (a grammar with kinds of keys and values, which ignores ``digits``). frequent_names: share of
+    the keys and of the names in chains of ``wide`` that are words frequent in the text: many places name them and say
+    nothing of them, as in a far longer text. *_weight: loss weight of
     natural text (haystacks included), of the copied half, of answers.
     """
 
@@ -76,6 +78,7 @@ class SyntheticConfig:
     hops: int = 4
     copy_random: float = 0.5
     templates: str = "train"
+    frequent_names: float = 0.0
 
 
 @dataclass

@@ -8,6 +8,7 @@ digits, hyphenated words, UUIDs); see ``wordings``.
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -254,9 +255,31 @@ def _different(rng: np.random.Generator, make: _Maker, count: int, taken: Contai
     return list(found)
 
 
-def wide_keys(rng: np.random.Generator, count: int) -> list[str]:
+@dataclass(frozen=True)
+class Frequent:
+    """Words that the text around is full of, and the share of keys and names that are made of them.
+
+    In a text of millions of tokens any word of a key stands in hundreds of places that tell nothing of it. In a short
+    one only the most frequent words do.
+    """
+
+    words: tuple[str, ...] = ()
+    share: float = 0.0
+
+    def maker(self, rng: np.random.Generator) -> _Maker | None:
+        """What makes such words, in as many cases as the share says; else None."""
+        if not self.share or rng.random() >= self.share:
+            return None
+        count = 1 + (rng.random() < 0.3)
+        return lambda rng: " ".join(str(choice(rng, self.words)) for _ in range(count))
+
+
+RARE = Frequent()
+
+
+def wide_keys(rng: np.random.Generator, count: int, frequent: Frequent = RARE) -> list[str]:
     """Different keys of one kind."""
-    return _different(rng, choice(rng, _KEYS), count)  # type: ignore[arg-type]
+    return _different(rng, frequent.maker(rng) or choice(rng, _KEYS), count)  # type: ignore[arg-type]
 
 
 def wide_values(rng: np.random.Generator, count: int) -> list[str]:
@@ -433,9 +456,11 @@ def _declarator(rng: np.random.Generator) -> str:
     return "" if word.upper() == "VAR" else f"{word} "
 
 
-def variable_names(rng: np.random.Generator, count: int, taken: Container[str] = ()) -> list[str]:
+def variable_names(
+    rng: np.random.Generator, count: int, taken: Container[str] = (), frequent: Frequent = RARE
+) -> list[str]:
     """Different names of one kind, none of them ``taken``."""
-    return _different(rng, choice(rng, _VARIABLE_NAMES), count, taken)  # type: ignore[arg-type]
+    return _different(rng, frequent.maker(rng) or choice(rng, _VARIABLE_NAMES), count, taken)  # type: ignore[arg-type]
 
 
 def variable_values(rng: np.random.Generator, count: int) -> list[str]:

@@ -34,6 +34,8 @@ from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 if TYPE_CHECKING:
     from data_pipeline.batch import PackedBatch
 
+_FEWEST_WORDS = 64  # that `frequent_names` draws from
+
 
 class _Lane:
     """One lane: its cursors, its mixing draw and its counters."""
@@ -292,16 +294,31 @@ class BatchStream:
             raise DataError(
                 f"{where}.min_length must be between 8 and the context {self.context}, not {options.min_length}"
             )
+        self._check_frequent_names(f"{where}.frequent_names")
         self._tasks = [task for task, share in zip(TASKS, shares, strict=True) if share > 0]
         self._task_edges = np.cumsum(shares[shares > 0] / max(shares.sum(), 1e-30))[:-1]
         self._task_options = {
-            name: getattr(options, name) for name in ("templates", "digits", "keys", "queries", "hops", "copy_random")
+            name: getattr(options, name)
+            for name in ("templates", "digits", "keys", "queries", "hops", "copy_random", "frequent_names")
         }
         if options.rate > 0:
             for task in self._tasks:
                 self._try(task, self.context)
             if options.min_length is not None:
                 self._check_shortest(-(-options.min_length // self.chunk_size) * self.chunk_size)
+
+    def _check_frequent_names(self, where: str) -> None:
+        share, templates = self.synthetic.frequent_names, self.synthetic.templates
+        words = len(self.tokenizer.frequent_words) if share else 0
+        if not 0.0 <= share <= 1.0:
+            raise DataError(f"{where} must be between 0 and 1, not {share}")
+        if share and templates != "wide":
+            raise DataError(f"{where}: only templates wide can have them, not {templates}; leave it out")
+        if share and words < _FEWEST_WORDS:
+            raise DataError(
+                f"{where}: {words} words of {self.tokenizer.path} are one token, and {_FEWEST_WORDS} are needed; leave "
+                "it out or take a larger vocabulary"
+            )
 
     def _try(self, task: str, length: int) -> None:
         rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.grammar import choice, wide_keys, wide_values, wide_wording
+from data_pipeline.grammar import RARE, Frequent, choice, wide_keys, wide_values, wide_wording
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.wordings import Facts, near_keys, variable_facts
 
@@ -71,7 +71,9 @@ class Event:
         return not self.answer and not self.text
 
 
-def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -> list[Event]:
+def recall_events(
+    rng: np.random.Generator, tokenizer: Tokenizer, length: int, frequent: Frequent = RARE
+) -> list[Event]:
     """Facts and questions for a sample of ``length`` tokens in order of time, the last a question at time 1; empty
     when not even one fact fits."""
     as_list = length >= 512 and rng.random() < _LISTS
@@ -83,7 +85,7 @@ def recall_events(rng: np.random.Generator, tokenizer: Tokenizer, length: int) -
     refused = 0
     taken: set[str] = set()  # a name in two chains would make both questions doubtful
     while facts < count and refused < 6:
-        group = _group(rng, tokenizer, count - facts, as_list, taken)
+        group = _group(rng, tokenizer, count - facts, as_list, taken, frequent)
         size = sum(len(event.tokens) for event in group)
         if used + size > limit:
             if events:
@@ -113,17 +115,20 @@ def text_length(rng: np.random.Generator, room: int) -> int:
     return min(room, int(rng.integers(*_PASSAGE))) if rng.random() < _REPEATED else room
 
 
-def _group(rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: bool, taken: set[str]) -> list[Event]:
+def _group(
+    rng: np.random.Generator, tokenizer: Tokenizer, left: int, as_list: bool, taken: set[str], frequent: Frequent
+) -> list[Event]:
     """Facts worded alike with their questions; every question stands behind its facts in the list and in time. Names of
     chains are none of those ``taken``, and are added to them."""
     if not as_list and rng.random() < _CHAINS:
-        return _chain(rng, tokenizer, taken)
+        return _chain(rng, tokenizer, taken, frequent)
     if not as_list and rng.random() < _VALUES:
-        return _values(rng, tokenizer)
+        return _values(rng, tokenizer, frequent)
     needle, one, several = wide_wording(rng)
     count = left if as_list else 1 if rng.random() < 0.4 else min(left, int(rng.integers(2, 9)))
     near = as_list and rng.random() < _NEAR
-    keys, values = (near_keys if near else wide_keys)(rng, count), wide_values(rng, count)
+    keys = near_keys(rng, count) if near else wide_keys(rng, count, frequent)
+    values = wide_values(rng, count)
     times = rng.random(count) * (0.9 if as_list else 1.0)
     share = min(_ASKED, max(12, count * _LIST_TOKENS // _LIST_ASKED) / count) if as_list else _ASKED
     asked = rng.random(count) < share
@@ -157,17 +162,17 @@ def _joined(words: list[str], link: str) -> str:
     return " and ".join(words) if len(words) == 2 else f"{', '.join(words[:-1])}{link}{words[-1]}"
 
 
-def _values(rng: np.random.Generator, tokenizer: Tokenizer) -> list[Event]:
+def _values(rng: np.random.Generator, tokenizer: Tokenizer, frequent: Frequent) -> list[Event]:
     """Several values of one key, and a question for all of them behind the last, answered in the order of the text."""
     needle, _, several = wide_wording(rng)
-    (key,), values = wide_keys(rng, 1), wide_values(rng, _several(rng))
+    (key,), values = wide_keys(rng, 1, frequent), wide_values(rng, _several(rng))
     events = _in_order(rng, tokenizer, [needle.format(key=key, value=value) for value in values])
     facts = Facts([], several.format(keys=key), f" {_joined(values, str(choice(rng, _LINKS)))}")
     return [*events, _question(rng, tokenizer, facts, events[-1].time)]
 
 
-def _chain(rng: np.random.Generator, tokenizer: Tokenizer, taken: set[str]) -> list[Event]:
-    facts = variable_facts(rng, "wide", 0, int(rng.integers(1, 5)), taken)
+def _chain(rng: np.random.Generator, tokenizer: Tokenizer, taken: set[str], frequent: Frequent) -> list[Event]:
+    facts = variable_facts(rng, "wide", 0, int(rng.integers(1, 5)), taken, frequent=frequent)
     events = _in_order(rng, tokenizer, facts.needles)
     names = facts.answer.strip().split(", ")
     taken.update(names)

@@ -18,6 +18,7 @@ import numpy as np
 
 from data_pipeline.config import TASKS
 from data_pipeline.errors import DataError
+from data_pipeline.grammar import RARE, Frequent
 from data_pipeline.recall import recall_events, text_length
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.wordings import (
@@ -87,6 +88,7 @@ def build_sample(
     queries: int = 2,
     hops: int = 4,
     copy_random: float = 0.5,
+    frequent_names: float = 0.0,
     values: str = "number",
 ) -> SyntheticSample:
     """Make one sample of exactly ``length`` tokens.
@@ -99,8 +101,8 @@ def build_sample(
     question); ``frequent_words`` has no depth. chunk_size: ``length`` must be a multiple of it; most needles of "wide"
     are moved so that they lie across an edge of chunks, unless depth says where. templates: one of
     :data:`data_pipeline.wordings.TEMPLATES`; values: what keys have in all but "wide", one of
-    :data:`data_pipeline.wordings.VALUES`. keys, queries, hops, copy_random: see
-    :class:`~data_pipeline.config.SyntheticConfig`.
+    :data:`data_pipeline.wordings.VALUES`. keys, queries, hops, copy_random,
+    frequent_names: see :class:`~data_pipeline.config.SyntheticConfig`.
 
     Raises DataError for an unknown task or wording, and its subclass SampleTooShort, before the haystack is asked for
     anything, for a ``length`` too short to hold the task.
@@ -121,8 +123,9 @@ def build_sample(
         return _copy(rng, tokenizer, haystack, length, copy_random)
     if task == "frequent_words":
         return _frequent(rng, tokenizer, haystack, length, templates)
+    frequent = Frequent(tokenizer.frequent_words, frequent_names) if frequent_names else RARE
     if task == "recall":
-        return _recall(rng, tokenizer, haystack, length, chunk_size)
+        return _recall(rng, tokenizer, haystack, length, chunk_size, frequent)
     if task == "niah_needles":
         facts = _fill_with_needles(rng, tokenizer, length, templates, digits, values, depth)
     else:
@@ -136,6 +139,7 @@ def build_sample(
             hops=hops,
             values=values,
             chains=_chains(rng, length) if templates == "wide" else 1,
+            frequent=frequent,
         )
     question_ids, answer_ids = tokenizer.encode_words(facts.question), tokenizer.encode_words(facts.answer)
     pieces = [tokenizer.encode_words(needle) for needle in facts.needles]
@@ -186,13 +190,14 @@ def make_facts(
     hops: int = 4,
     values: str = "number",
     chains: int = 1,
+    frequent: Frequent = RARE,
 ) -> Facts:
     """Needles, question and answer of a NIAH task or of variable tracking, as `build_sample` words them."""
     if task == "variable_tracking":
-        return variable_facts(rng, templates, digits, hops, chains=chains)
+        return variable_facts(rng, templates, digits, hops, chains=chains, frequent=frequent)
     asked = queries if task == "niah_multiquery" else 1
     count = 1 if task == "niah_single" else max(keys, asked)
-    return number_facts(rng, templates, digits, count, asked, values)
+    return number_facts(rng, templates, digits, count, asked, values, frequent)
 
 
 def _chains(rng: np.random.Generator, length: int) -> int:
@@ -238,10 +243,15 @@ def _fill_with_needles(
 
 
 def _recall(
-    rng: np.random.Generator, tokenizer: Tokenizer, haystack: Callable[[int], np.ndarray], length: int, chunk_size: int
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    haystack: Callable[[int], np.ndarray],
+    length: int,
+    chunk_size: int,
+    frequent: Frequent,
 ) -> SyntheticSample:
     """Events of `recall_events` in text; needles and questions are no text worth learning to predict."""
-    events = recall_events(rng, tokenizer, length)
+    events = recall_events(rng, tokenizer, length, frequent)
     if not events:
         raise SampleTooShort(f"recall found no fact that fits into {length} tokens; use a longer context")
     pieces = [event.tokens for event in events]

@@ -17,6 +17,7 @@ EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 _EOS_NAMES = (EOS, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>")
 _WORDS = re.compile(r"\d| ?[^ \d\n]+| |\n")
+_FREQUENT = re.compile(r" [a-z]{3,}")
 _PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|padding|>")
 
 
@@ -92,6 +93,13 @@ class Tokenizer:
         texts = self._tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=True)
         ends[: len(texts)] = [t.endswith((".", "!", "?", "\n")) for t in texts]
         return ends
+
+    @cached_property
+    def frequent_words(self) -> tuple[str, ...]:
+        """What follows a space and is one token, lower-case letters only: the most frequent words of the text that the
+        vocabulary was made from, beginnings of words among them."""
+        texts = self._tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=True)
+        return tuple(text[1:] for text in texts if _FREQUENT.fullmatch(text))
 
     def __getstate__(self) -> dict:
         return {"path": self.path, "fingerprint": self.fingerprint}

@@ -16,7 +16,9 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.grammar import (
+    RARE,
     UUID,
+    Frequent,
     choice,
     distinct,
     hexadecimal,
@@ -156,12 +158,18 @@ class Facts:
 
 
 def number_facts(
-    rng: np.random.Generator, templates: str, digits: int, count: int, asked: int, values: str = "number"
+    rng: np.random.Generator,
+    templates: str,
+    digits: int,
+    count: int,
+    asked: int,
+    values: str = "number",
+    frequent: Frequent = RARE,
 ) -> Facts:
     """The facts of the NIAH tasks: ``count`` keys with values, ``asked`` of them asked for."""
     if templates == "wide":
         needle, one, several = wide_wording(rng)
-        names, held = wide_keys(rng, count), wide_values(rng, count)
+        names, held = wide_keys(rng, count, frequent), wide_values(rng, count)
     else:
         wording = _NUMBERS[templates][int(rng.integers(len(_NUMBERS[templates])))]
         needle, one, several = (
@@ -208,7 +216,13 @@ def many_facts(rng: np.random.Generator, templates: str, digits: int, count: int
 
 
 def variable_facts(
-    rng: np.random.Generator, templates: str, digits: int, hops: int, taken: Container[str] = (), chains: int = 1
+    rng: np.random.Generator,
+    templates: str,
+    digits: int,
+    hops: int,
+    taken: Container[str] = (),
+    chains: int = 1,
+    frequent: Frequent = RARE,
 ) -> Facts:
     """A chain of ``hops`` + 1 assignments; the answer lists every name in it (RULER's variable tracking). ``taken``:
     names that ``wide`` must not use, as other chains of the same text do. ``chains``: of ``wide``, worded alike and
@@ -216,7 +230,7 @@ def variable_facts(
     """
     if templates == "wide":
         first, then, question = wide_variables(rng)
-        names, values = variable_names(rng, chains * (hops + 1), taken), variable_values(rng, chains)
+        names, values = variable_names(rng, chains * (hops + 1), taken, frequent), variable_values(rng, chains)
     else:
         first, then, question = _VARIABLES[templates][int(rng.integers(len(_VARIABLES[templates])))]
         names, values = random_word(rng, hops + 1), [random_number(rng, digits)]

@@ -313,6 +313,8 @@ def test_named_mix_keeps_positions_and_restarts_its_shares(data: DataConfig) -> 
         ({"mix": "nope"}, "no mix 'nope' in data.mixes; there are long"),
         ({"synthetic": {"rat": 1.0}}, "unknown key 'rat'"),
         ({"synthetic": {"rate": 2.0}}, "data.synthetic.rate"),
+        ({"synthetic": {"frequent_names": 1.5, "templates": "wide"}}, "data.synthetic.frequent_names must be between"),
+        ({"synthetic": {"frequent_names": 0.5}}, "data.synthetic.frequent_names: only templates wide"),
         ({"synthetic": {"rate": "often"}}, "data.synthetic: .*often"),
         ({"synthetic": {"tasks": {"niah": 1.0}}}, "unknown task 'niah'"),
         ({"synthetic": {"tasks": {"copy": -1.0}}}, "must not be negative"),

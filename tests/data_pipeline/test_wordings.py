@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline import grammar, recall, wordings
 from data_pipeline.errors import DataError
-from data_pipeline.grammar import HELD_OUT_DIGITS, wide_values, wide_variables, wide_wording
+from data_pipeline.grammar import HELD_OUT_DIGITS, RARE, Frequent, wide_keys, wide_values, wide_variables, wide_wording
 from data_pipeline.recall import _MENTIONS, _values, recall_events
 from data_pipeline.synthetic import SampleTooShort, build_sample, needle_haystack
 from data_pipeline.tokenizer import Tokenizer
@@ -158,8 +158,8 @@ def test_a_third_of_the_questions_say_where_the_fact_stood_in_hundreds_of_ways()
 def test_no_two_chains_of_a_sample_share_a_name(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     chains: list[list[str]] = []
 
-    def kept(*arguments: Any) -> Facts:
-        facts = variable_facts(*arguments)
+    def kept(*arguments: Any, **options: Any) -> Facts:
+        facts = variable_facts(*arguments, **options)
         chains.append(facts.answer.strip().split(", "))
         return facts
 
@@ -167,7 +167,8 @@ def test_no_two_chains_of_a_sample_share_a_name(tokenizer: Tokenizer, monkeypatc
     several = 0
     for seed in range(60):
         chains.clear()
-        recall.recall_events(np.random.default_rng(seed), tokenizer, 16384)
+        frequent = Frequent(tokenizer.frequent_words, 0.5 * (seed % 3))
+        recall.recall_events(np.random.default_rng(seed), tokenizer, 16384, frequent)
         names = [name for chain in chains for name in chain]
         assert len(names) == len(set(names))
         several += len(chains) > 1
@@ -202,7 +203,7 @@ def test_several_values_are_asked_for_at_once(tokenizer: Tokenizer) -> None:
     assert {1, 2, 3, 4} <= set(sizes) and 0.05 < sum(n in (3, 4) for n in sizes) / len(sizes) < 0.4
     rng, in_order = np.random.default_rng(5), 0
     for _ in range(20):
-        *needles, question = _values(rng, tokenizer)
+        *needles, question = _values(rng, tokenizer, RARE)
         texts = [tokenizer.decode(needle.tokens) for needle in sorted(needles, key=lambda event: event.time)]
         values = re.split(", and | and |, ", tokenizer.decode(question.tokens[-question.answer : -1]).strip())
         assert len(values) == len(texts) and question.time >= max(needle.time for needle in needles)
@@ -272,3 +273,41 @@ def test_several_chains_are_mixed_and_one_is_asked_for() -> None:
         assert first == sorted(first)  # declared in order
         mixed += first != list(range(first[0], first[0] + 3))
     assert mixed > 30
+
+
+def test_frequent_names_are_words_of_the_text(tokenizer: Tokenizer) -> None:
+    """At a share of 1 all keys and names are; without a share samples are what they were."""
+    words = set(tokenizer.frequent_words)
+    assert len(words) > 64 and all(len(tokenizer.encode(f" {word}")) == 1 for word in words)
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        all_frequent = Frequent(tokenizer.frequent_words, 1.0)
+        keys = wide_keys(rng, 6, all_frequent)
+        names = wordings.variable_names(rng, 6, {keys[0]}, all_frequent)
+        assert len(set(keys)) == len(set(names)) == 6 and keys[0] not in names
+        assert {part for key in (*keys, *names) for part in key.split()} <= words
+
+    def text(n: int) -> np.ndarray:
+        return np.full(n, tokenizer.encode(" a")[0], dtype=np.int32)
+
+    def sample(task: str, seed: int, **options: float) -> Any:
+        return build_sample(
+            task, np.random.default_rng(seed), tokenizer, text, 1024, templates="wide", chunk_size=64, **options
+        )
+
+    changed = 0
+    for seed in range(20):
+        names = sample("variable_tracking", seed, frequent_names=1.0).answer.split(", ")
+        assert {part for name in names for part in name.split()} <= words
+        for task in ("recall", "niah_multiquery", "variable_tracking"):
+            plain = sample(task, seed).tokens
+            assert np.array_equal(plain, sample(task, seed, frequent_names=0.0).tokens)
+            changed += not np.array_equal(plain, sample(task, seed, frequent_names=1.0).tokens)
+    assert changed > 50  # of 60; lists of recall have near keys
+
+
+def test_the_share_of_frequent_names() -> None:
+    rng = np.random.default_rng(0)
+    words = tuple(f"w{i}" for i in range(100))
+    drawn = sum(wide_keys(rng, 1, Frequent(words, 0.3))[0].startswith("w") for _ in range(2000))
+    assert drawn / 2000 == pytest.approx(0.3, abs=0.05)

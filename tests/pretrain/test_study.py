@@ -38,7 +38,7 @@ def test_both_shipped_studies_ask_the_same():
         names = (variant.name.removeprefix("no-").removesuffix("-seed-1") for variant in load_study(name).variants)
         return {name for name in names if not name.startswith(own)}
 
-    own = ("ratio", "groups", "top-k", "baseline")  # what the two sizes cannot share
+    own = ("ratio", "groups", "top-k", "baseline", "frequent")  # what the two sizes cannot share
     assert asked("cpu") == asked("h100")
 
 
