@@ -8,6 +8,7 @@ variant that fails takes none of the others with it. What is finished is not don
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -25,9 +26,8 @@ from pretrain.errors import RecipeError
 from pretrain.evaluation.units import format_length
 from pretrain.recipe import load_recipe, plain, refuse_unknown_keys
 from pretrain.run_dir import RunDir, read_json, write_json
+from pretrain.side_by_side import STOPPED, run_all, visible_gpus
 from recipes import RECIPES_DIR
-
-STOPPED = 75  # what `hsa train` leaves with when it was asked to stop
 
 
 @dataclass
@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values to change in all variants")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of all runs (default: runs/study-NAME)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants: one GPU's or one job's share")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="variants at a time, spread over the GPUs")
     parser.add_argument("--table", action="store_true", help="only collect what is there into study.json and study.md")
 
 
@@ -76,15 +77,14 @@ def main(args: argparse.Namespace) -> int:
     study = load_study(args.study, args.overrides)
     folder = args.out or Path("runs") / f"study-{study.name}"
     chosen = [study.variant(name) for name in args.only] if args.only else study.variants
-    failed: list[str] = []
-    if not args.table:
-        for variant in chosen:
-            status = run_variant(study, variant, folder)
-            if status == STOPPED:
-                print(f"hsa: study {study.name} stopped in {variant.name}; the same command goes on", flush=True)
-                return STOPPED
-            if status:
-                failed.append(variant.name)
+    if args.jobs < 1:
+        raise RecipeError(f"--jobs must be at least 1, not {args.jobs}")
+    statuses = {} if args.table else _run(study, chosen, folder, args.jobs)
+    stopped = [name for name, status in statuses.items() if status == STOPPED]
+    if stopped:
+        print(f"hsa: study {study.name} stopped in {', '.join(stopped)}; the same command goes on", flush=True)
+        return STOPPED
+    failed = [name for name, status in statuses.items() if status]
     rows = collect(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
     losses = study_losses.compare(_logs(study, folder))
@@ -140,22 +140,34 @@ def _log(folder: Path, variant: Variant) -> Path:
     return folder / "logs" / f"{variant.name}.log"
 
 
-def run_variant(study: Study, variant: Variant, folder: Path) -> int:
-    """Train and evaluate what is not done yet; the exit status of the first command that failed, else 0."""
+def _run(study: Study, chosen: Sequence[Variant], folder: Path, jobs: int) -> dict[str, int]:
+    """Run variants, ``jobs`` at a time; exit statuses by name. One at a time has all GPUs to itself."""
+
+    def run(name: str, gpu: str | None) -> int:
+        return run_variant(study, study.variant(name), folder, gpu)
+
+    after = {variant.name: variant.of for variant in chosen if variant.of}
+    gpus = visible_gpus() if jobs > 1 else []
+    return run_all([variant.name for variant in chosen], run, jobs=jobs, gpus=gpus, after=after)
+
+
+def run_variant(study: Study, variant: Variant, folder: Path, gpu: str | None = None) -> int:
+    """Train and evaluate what is not done yet, on ``gpu`` alone if one is named; the exit status of the first command
+    that failed, else 0."""
     run = folder / (variant.of or variant.name)
     _log(folder, variant).parent.mkdir(parents=True, exist_ok=True)
     if not _finished(run):
         if variant.of is not None:
             print(f"{variant.name}: {variant.of} is not trained yet: run that variant first", flush=True)
             return 1
-        status = _hsa(["train", study.base, *study.overrides, *variant.overrides, "--run-dir", run], folder, variant)
-        if status:
+        training = ["train", study.base, *study.overrides, *variant.overrides, "--run-dir", run]
+        if status := _hsa(training, folder, variant, gpu):
             return status
     for name, words in study.evaluations.items():
         if not (folder / variant.name / "eval" / f"{name}.json").is_file():
             command = [word.format(run=run) for word in shlex.split(words)] + shlex.split(variant.evaluate)
             target = ["--out", folder / variant.name / "eval", "--name", name]
-            if status := _hsa(["eval", *command, *target], folder, variant):
+            if status := _hsa(["eval", *command, *target], folder, variant, gpu):
                 return status
     return 0
 
@@ -171,17 +183,13 @@ def _finished(run: Path) -> bool:
     return directory.exists() and bool(directory.read_run().get("finished"))
 
 
-def _hsa(words: Sequence[object], folder: Path, variant: Variant) -> int:
-    """One `hsa` command, its output at the end of the variant's log; its exit status, STOPPED after an interrupt."""
+def _hsa(words: Sequence[object], folder: Path, variant: Variant, gpu: str | None) -> int:
+    """One `hsa` command, its output at the end of the variant's log; its exit status."""
     command = [sys.executable, "-m", "pretrain", *map(str, words)]
-    print(f"{variant.name}: hsa {shlex.join(command[3:])}", flush=True)
+    print(f"{variant.name}: hsa {shlex.join(command[3:])}" + (f" (GPU {gpu})" if gpu else ""), flush=True)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None
     with _log(folder, variant).open("a") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            status = child.wait()
-        except KeyboardInterrupt:  # the terminal has told the command as well, which saves what it has
-            child.wait()
-            return STOPPED
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if status not in (0, STOPPED):
         print(f"{variant.name}: failed with status {status}, see {_log(folder, variant)}", flush=True)
     return status

@@ -125,7 +125,7 @@ def test_end_to_end(hsa, tmp_path, tiny_recipe):
     path, out = write(tmp_path, tiny_recipe, variants, overrides=["seed=1"]), tmp_path / "out"
     early = hsa("study", path, "--out", out, "--only", "wide")
     assert early.returncode == 1 and "plain is not trained yet: run that variant first" in early.stdout
-    done = hsa("study", path, "--out", out, "--only", "broken", "plain", "wide")
+    done = hsa("study", path, "--out", out, "--only", "broken", "wide", "plain", "--jobs", "2")
     assert done.returncode == 1 and "1 of 3 variants failed: broken" in done.stderr, done.stdout + done.stderr
     assert "none.json" in (out / "logs" / "broken.log").read_text()
     rows = {row["name"]: row for row in json.loads((out / "study.json").read_text())["variants"]}
@@ -138,5 +138,7 @@ def test_end_to_end(hsa, tmp_path, tiny_recipe):
     assert json.loads((out / "study.json").read_text())["training_losses"] == []  # only one was trained
     again = hsa("study", path, "--out", out, "--only", "plain", "wide")
     assert again.returncode == 0 and "hsa train" not in again.stdout and "hsa eval" not in again.stdout
+    none = hsa("study", path, "--out", out, "--jobs", "0")
+    assert none.returncode == 2 and "--jobs must be at least 1, not 0" in none.stderr
     collected = hsa("study", path, "--out", out, "--table")
     assert collected.returncode == 0 and "| wide | " in collected.stdout
