@@ -309,11 +309,11 @@ class BatchStream:
 
     def _check_frequent_names(self, where: str) -> None:
         share, templates = self.synthetic.frequent_names, self.synthetic.templates
-        words = len(self.tokenizer.frequent_words) if share else 0
         if not 0.0 <= share <= 1.0:
             raise DataError(f"{where} must be between 0 and 1, not {share}")
         if share and templates != "wide":
             raise DataError(f"{where}: only templates wide can have them, not {templates}; leave it out")
+        words = len(self.tokenizer.frequent_words)
         if share and words < _FEWEST_WORDS:
             raise DataError(
                 f"{where}: {words} words of {self.tokenizer.path} are one token, and {_FEWEST_WORDS} are needed; leave "

@@ -101,8 +101,8 @@ def build_sample(
     question); ``frequent_words`` has no depth. chunk_size: ``length`` must be a multiple of it; most needles of "wide"
     are moved so that they lie across an edge of chunks, unless depth says where. templates: one of
     :data:`data_pipeline.wordings.TEMPLATES`; values: what keys have in all but "wide", one of
-    :data:`data_pipeline.wordings.VALUES`. keys, queries, hops, copy_random,
-    frequent_names: see :class:`~data_pipeline.config.SyntheticConfig`.
+    :data:`data_pipeline.wordings.VALUES`. keys, queries, hops, copy_random, frequent_names:
+    see :class:`~data_pipeline.config.SyntheticConfig`.
 
     Raises DataError for an unknown task or wording, and its subclass SampleTooShort, before the haystack is asked for
     anything, for a ``length`` too short to hold the task.
@@ -123,7 +123,7 @@ def build_sample(
         return _copy(rng, tokenizer, haystack, length, copy_random)
     if task == "frequent_words":
         return _frequent(rng, tokenizer, haystack, length, templates)
-    frequent = Frequent(tokenizer.frequent_words, frequent_names) if frequent_names else RARE
+    frequent = Frequent(tokenizer.frequent_words, frequent_names)
     if task == "recall":
         return _recall(rng, tokenizer, haystack, length, chunk_size, frequent)
     if task == "niah_needles":

@@ -89,17 +89,18 @@ class Tokenizer:
     @cached_property
     def sentence_ends(self) -> np.ndarray:
         """bool (vocab_size,): the token's text ends a sentence or a line, so a needle may follow it."""
-        ends = np.zeros(self.vocab_size, dtype=bool)
-        texts = self._tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=True)
-        ends[: len(texts)] = [t.endswith((".", "!", "?", "\n")) for t in texts]
-        return ends
+        return np.array([text.endswith((".", "!", "?", "\n")) for text in self._token_texts], dtype=bool)
 
     @cached_property
     def frequent_words(self) -> tuple[str, ...]:
         """What follows a space and is one token, lower-case letters only: the most frequent words of the text that the
         vocabulary was made from, beginnings of words among them."""
-        texts = self._tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=True)
-        return tuple(text[1:] for text in texts if _FREQUENT.fullmatch(text))
+        return tuple(text[1:] for text in self._token_texts if _FREQUENT.fullmatch(text))
+
+    @cached_property
+    def _token_texts(self) -> list[str]:
+        """Text of every token by itself; of special tokens nothing."""
+        return self._tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=True)
 
     def __getstate__(self) -> dict:
         return {"path": self.path, "fingerprint": self.fingerprint}

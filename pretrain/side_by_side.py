@@ -6,9 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from pretrain.signals import StopRequest
-
-STOPPED = 75  # what `hsa train` leaves with when it was asked to stop
+from pretrain.signals import STOPPED, StopRequest
 
 
 def visible_gpus() -> list[str]:

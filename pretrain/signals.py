@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+STOPPED = 75  # EX_TEMPFAIL, the exit status of what stopped cleanly and wants to be started again
+
 
 class StopRequest:
     """Turns the first signal into a wish that the loop grants after the step going on; a second Ctrl-C stops at once.

@@ -26,7 +26,8 @@ from pretrain.errors import RecipeError
 from pretrain.evaluation.units import format_length
 from pretrain.recipe import load_recipe, plain, refuse_unknown_keys
 from pretrain.run_dir import RunDir, read_json, write_json
-from pretrain.side_by_side import STOPPED, run_all, visible_gpus
+from pretrain.side_by_side import run_all, visible_gpus
+from pretrain.signals import STOPPED
 from recipes import RECIPES_DIR
 
 
@@ -77,12 +78,15 @@ def main(args: argparse.Namespace) -> int:
     study = load_study(args.study, args.overrides)
     folder = args.out or Path("runs") / f"study-{study.name}"
     chosen = [study.variant(name) for name in args.only] if args.only else study.variants
+    names = [variant.name for variant in chosen]
     if args.jobs < 1:
         raise RecipeError(f"--jobs must be at least 1, not {args.jobs}")
-    statuses = {} if args.table else _run(study, chosen, folder, args.jobs)
-    stopped = [name for name, status in statuses.items() if status == STOPPED]
-    if stopped:
-        print(f"hsa: study {study.name} stopped in {', '.join(stopped)}; the same command goes on", flush=True)
+    statuses = dict.fromkeys(names, 0) if args.table else _run(study, chosen, folder, args.jobs)
+    left = [name for name in names if statuses.get(name, STOPPED) == STOPPED]  # in part, or not begun
+    if left:
+        print(
+            f"hsa: study {study.name} stopped before the end of {', '.join(left)}; the same command goes on", flush=True
+        )
         return STOPPED
     failed = [name for name, status in statuses.items() if status]
     rows = collect(study, folder)

@@ -21,12 +21,11 @@ from parallel.optional import describe, describe_use
 from pretrain.errors import RecipeError
 from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_batch, load_recipe
 from pretrain.run_dir import RunDir, check_resume
-from pretrain.signals import StopRequest
+from pretrain.signals import STOPPED, StopRequest
 from pretrain.stages import Position, StageController
 from pretrain.topology import check_machine, check_stage
 
 MAX_SKIPPED_UPDATES = 10
-REQUEUE_STATUS = 75  # EX_TEMPFAIL: stopped cleanly, wants to be started again
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -326,9 +325,7 @@ class Training:
                     self._leave(stage, leaving, metric)
                     return self._stop_after_stage(stage, result.stop)
                 if result.stop:
-                    return StopReason(
-                        f"asked to stop ({self.stop.received or 'by another rank'})", REQUEUE_STATUS, True
-                    )
+                    return StopReason(f"asked to stop ({self.stop.received or 'by another rank'})", STOPPED, True)
                 if self._saving is not None and self._saving[0].written():
                     self._finish_save()
                 if self._checkpoint_due():
@@ -344,7 +341,7 @@ class Training:
         if self.controller.position.finished:
             return None
         if asked:
-            return StopReason(f"asked to stop ({self.stop.received or 'by another rank'})", REQUEUE_STATUS, True)
+            return StopReason(f"asked to stop ({self.stop.received or 'by another rank'})", STOPPED, True)
         if stage.name == self.until_stage:
             return StopReason(f"stage {stage.name} is done", 0)
         self._save()
@@ -413,7 +410,7 @@ class Training:
         from pretrain.train_step import TrainStep
 
         step = TrainStep(self.chunks, self.optimizer, domains, self.device, cuda_graph=self.cuda_graph)
-        if self.device.type == "cuda":  # the stage before took the last step's place: what it held is free by now
+        if self.device.type == "cuda":  # this step took the place of the last stage's, whose memory is free by now
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         return step

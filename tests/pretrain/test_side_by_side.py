@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from pretrain.side_by_side import STOPPED, run_all, visible_gpus
+from pretrain.side_by_side import run_all, visible_gpus
+from pretrain.signals import STOPPED
 
 
 def test_as_many_as_there_are_jobs_each_with_its_gpu():

@@ -1,12 +1,14 @@
 """`hsa study`: what is refused before anything starts, the table, and a study end to end."""
 
+import argparse
 import json
 
 import pytest
 import yaml
 
-from pretrain import study_losses
+from pretrain import study, study_losses
 from pretrain.errors import RecipeError
+from pretrain.signals import STOPPED
 from pretrain.study import load_study, table
 
 # Every item that the study of the method has to measure, by a word in the names of its variants.
@@ -18,8 +20,8 @@ COMMON = {"tokens": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "step_seconds":
 def write(folder, base, variants, **more):
     path = folder / "study.yaml"
     evaluations = {"needles": "niah {run} --lengths 1x --samples 2 --depths 2", "text": "ppl {run} --lengths 1x"}
-    study = {"name": "tiny", "base": str(base), "evaluations": evaluations, "variants": variants, **more}
-    path.write_text(yaml.safe_dump(study))
+    content = {"name": "tiny", "base": str(base), "evaluations": evaluations, "variants": variants, **more}
+    path.write_text(yaml.safe_dump(content))
     return path
 
 
@@ -111,6 +113,16 @@ def test_losses_are_compared_over_the_steps_that_all_variants_have(tmp_path):
     assert [row["losses"] for row in rows] == [{"text": 299.5}, {"text": 300.0}, {"text": 500.5}, {"text": 501.0}]
     assert study_losses.table(rows).splitlines()[-2:] == ["| whole | 500.500 |", "| part | 501.000 |"]
     assert study_losses.compare({"whole": logs["whole"]}) == []
+
+
+def test_what_a_stop_left_out_is_named(monkeypatch, capsys, tmp_path, tiny_recipe):
+    """A stop while the last running variant still finishes leaves no failure behind, only variants not begun."""
+    path = write(tmp_path, tiny_recipe, [{"name": "a"}, {"name": "b"}])
+    monkeypatch.setattr(study, "run_all", lambda names, run, **options: {"a": 0})
+    parser = argparse.ArgumentParser()
+    study.add_arguments(parser)
+    assert study.main(parser.parse_args([str(path), "--out", str(tmp_path / "out")])) == STOPPED
+    assert "stopped before the end of b; the same command goes on" in capsys.readouterr().out
 
 
 @pytest.mark.slow
