@@ -41,7 +41,7 @@ _MENTIONS = (
     " We saw {word} and went on.",
     " Then came {word}, and all was quiet.",
     " It is not about {word}.",
-    " {word} is a word like others.",
+    " {word} stands among other words.",
     " {word}\n",
     " Some say {word}, some do not.",
     " See also {word}.",

@@ -40,6 +40,8 @@ class AttentionSchedule:
     window, hsa_window: tokens a sliding-window layer sees, the token itself included (hsa_window: inside HSA layers).
     top_k: chunks an HSA token reads; None means every visible chunk.
     neighbours: so many of a token's best chunks bring the chunks beside them (`with_neighbours`); for reading only.
+    retrieval_temperature: scores of chunks are divided by it before their softmax; for reading only. Which chunks are
+    chosen does not depend on it, how much the best of them weighs does.
     balance_selection: share chunk selection out evenly over context-parallel ranks; None: where it pays.
     """
 
@@ -47,6 +49,7 @@ class AttentionSchedule:
     hsa_window: int = 512
     top_k: int | None = None
     neighbours: int = 0
+    retrieval_temperature: float = 1.0
     balance_selection: bool | None = None
 
 
@@ -192,7 +195,7 @@ class HierarchicalSparseAttention(MegatronModule):
 
     def queries(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """hidden_states (L, B, hidden), whole, of tokens at positions (L or 1, B or 1) -> queries (L, B, Hq, D) and
-        retrieval queries (L, B, Hr, Dr), fp32 at least.
+        retrieval queries (L, B, Hr, Dr), fp32 at least, divided by the schedule's temperature.
         """
         model = self.model
         q = self.q_layernorm(self.linear_q(hidden_states)[0].unflatten(-1, (-1, model.head_dim)))
@@ -202,7 +205,10 @@ class HierarchicalSparseAttention(MegatronModule):
         retrieval = retrieval.unflatten(-1, (-1, model.retrieval_dim // model.retrieval_heads))
         # Scores decide which chunks are read at all: fp32 at least, whatever the precision of the run.
         wide = torch.promote_types(retrieval.dtype, torch.float32)
-        return q, self.retrieval_layernorm(retrieval.to(wide))
+        retrieval = self.retrieval_layernorm(retrieval.to(wide))
+        if self.schedule.retrieval_temperature != 1.0:
+            retrieval = retrieval / self.schedule.retrieval_temperature
+        return q, retrieval
 
     def weights(self, scores: Tensor, indices: Tensor) -> Tensor:
         """Weights (..., K) of chosen chunks from their scores, or the logarithms of weights: indices ascend, -1 = none.

@@ -21,6 +21,7 @@ from pretrain.model import HSAModel
 from pretrain.new_folder import whole_folder
 
 FORMAT = 1
+_DEFAULTS = {"neighbours": 0, "retrieval_temperature": 1.0}  # of contexts that were saved before these settings
 _SAMPLES = 64  # numbers of every parameter that enter the fingerprint
 
 
@@ -40,7 +41,7 @@ def _belongs_to(engine: InferenceEngine, tokenizer_fingerprint: str) -> dict[str
         "format": FORMAT,
         "model": model_fingerprint(engine.model),
         "tokenizer": tokenizer_fingerprint,
-        **{name: value for name, value in engine.settings.items() if name != "neighbours" or value},
+        **engine.settings,
         "fp8": engine.placement.fp8,
     }
 
@@ -85,7 +86,7 @@ def load_context(engine: InferenceEngine, folder: str | Path, *, tokenizer_finge
     folder = Path(folder)
     try:
         about = json.loads((folder / "context.json").read_text())
-        saved, chunks = about["belongs_to"], int(about["chunks"])
+        saved, chunks = {**_DEFAULTS, **about["belongs_to"]}, int(about["chunks"])
     except FileNotFoundError:
         raise RunDirError(f"--context-in: {folder} holds no saved context (no context.json)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -52,7 +52,8 @@ class InferenceEngine:
     """Streams tokens through a model.
 
     window, hsa_window in tokens; top_k in chunks (None: all visible); neighbours: so many of a token's best chunks
-    bring the chunks beside them (`parallel.neighbours`); segment: tokens of one sequence per forward pass while a
+    bring the chunks beside them (`parallel.neighbours`); retrieval_temperature: what scores of chunks are divided by
+    before their softmax; segment: tokens of one sequence per forward pass while a
     prompt is read (None: 2048, on CUDA 16384). memory: where the context memory's keys and values lie. frozen: nobody
     trains these weights while the engine lives; then mixtures of experts are computed without asking the device how
     many tokens each expert got, and on CUDA a decode step is one CUDA graph (not with the memory on the host, where the
@@ -67,6 +68,7 @@ class InferenceEngine:
         hsa_window: int,
         top_k: int | None,
         neighbours: int = 0,
+        retrieval_temperature: float = 1.0,
         segment: int | None = None,
         full_prefill: bool = False,
         memory: Placement | None = None,
@@ -75,7 +77,13 @@ class InferenceEngine:
         parameter = next(model.parameters())
         self.model = model
         self.device = parameter.device
-        self.settings = {"window": window, "hsa_window": hsa_window, "top_k": top_k, "neighbours": neighbours}
+        self.settings: dict[str, Any] = {
+            "window": window,
+            "hsa_window": hsa_window,
+            "top_k": top_k,
+            "neighbours": neighbours,
+            "retrieval_temperature": retrieval_temperature,
+        }
         self.segment = segment or (16384 if self.device.type == "cuda" else 2048)
         if self.segment < 1:
             raise ValueError(f"segment must be at least one token, is {segment}")
@@ -244,8 +252,8 @@ class InferenceEngine:
             if not positions:
                 raise ValueError("nothing was read yet: prefill comes before decode")
             if self._step is None or self._step.tokens.shape[0] != len(positions):
-                settings: dict[str, Any] = {**self.settings, "static_experts": self.frozen}
-                self._step = DecodeStep(self.model, self.store, len(positions), **settings)
+                settings = {n: self.settings[n] for n in ("window", "hsa_window", "top_k", "neighbours")}
+                self._step = DecodeStep(self.model, self.store, len(positions), **settings, static_experts=self.frozen)
             for reading in self._readings:
                 self._step.load(reading.rows, reading.position, reading.halos, reading.pending)
             self._positions, self._readings = positions, []
@@ -369,7 +377,7 @@ class InferenceEngine:
 class _Evaluating:
     """Evaluation mode and the engine's own schedule inside the block; what training had set, after it."""
 
-    def __init__(self, model: HSAModel, settings: dict[str, int | None]) -> None:
+    def __init__(self, model: HSAModel, settings: dict[str, Any]) -> None:
         self.model, self.settings = model, settings
 
     def __enter__(self) -> None:
@@ -378,9 +386,9 @@ class _Evaluating:
         self.training = self.model.training
         if self.training:  # walking all modules for every token would cost more than the token
             self.model.eval()
-        self.model.set_schedule(**self.settings)  # type: ignore[arg-type]
+        self.model.set_schedule(**self.settings)
 
     def __exit__(self, *_: object) -> None:
         if self.training:
             self.model.train()
-        self.model.set_schedule(**self.before)  # type: ignore[arg-type]
+        self.model.set_schedule(**self.before)

@@ -205,12 +205,20 @@ class HSAModel(LanguageModule):
             )
         self.setup_embeddings_and_output_layer()
 
-    def set_schedule(self, *, window: int, hsa_window: int, top_k: int | None, neighbours: int = 0) -> None:
+    def set_schedule(
+        self,
+        *,
+        window: int,
+        hsa_window: int,
+        top_k: int | None,
+        neighbours: int = 0,
+        retrieval_temperature: float = 1.0,
+    ) -> None:
         """What a stage sets: window sizes in tokens, and chunks read by HSA (None: all visible); and what only a reader
-        does, how many of the best chunks bring the chunks beside them.
+        does, how many of the best chunks bring the chunks beside them and the temperature of their weights.
         """
         self.schedule.window, self.schedule.hsa_window, self.schedule.top_k = window, hsa_window, top_k
-        self.schedule.neighbours = neighbours
+        self.schedule.neighbours, self.schedule.retrieval_temperature = neighbours, retrieval_temperature
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
         """Called by Megatron's schedules: what the stage before has sent."""

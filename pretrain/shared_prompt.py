@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,10 +56,10 @@ class SharedPrompt:
         self.tail = -(-(self.upper_length + self.chunk + self.reach) // _GRAIN) * _GRAIN
         self._angles = self.model.rotary_pos_emb(max(self.segment, self.tail) + self.widest)
 
-    def choose(self, top_k: int | None) -> None:
-        """Answer with ``top_k`` chunks per token from now on (None: all). What was read stays: the memory does not
-        depend on it."""
-        self.engine.settings["top_k"] = top_k
+    def choose(self, **settings: float | None) -> None:
+        """Answer with other ``top_k``, ``neighbours`` or ``retrieval_temperature`` from now on. What was read stays:
+        the memory does not depend on them."""
+        self.engine.settings.update(settings)
 
     @torch.no_grad()
     def read(self, tokens: np.ndarray) -> None:
@@ -249,7 +250,7 @@ class SharedPrompt:
         return hidden
 
 
-def layer_window(layer: DecoderLayer, settings: dict[str, int | None]) -> int:
+def layer_window(layer: DecoderLayer, settings: dict[str, Any]) -> int:
     """Window of a layer under an engine's settings, in tokens."""
     window = settings["hsa_window" if layer.has_hsa else "window"]
     assert window is not None

@@ -1,10 +1,12 @@
 """``hsa eval niah | ruler | ppl``: measure a checkpoint, print a table, leave JSON and pictures in RUN/eval."""
 
 import argparse
+import itertools
+import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="the N best chunks of a token bring the chunks beside them, for sentences across an edge (default 0)",
     )
     parser.add_argument(
+        "--retrieval-temperature",
+        default="1",
+        metavar="T",
+        help="divide the scores of chunks by it before their softmax: below 1 the best one weighs more, which long "
+        "texts want (default 1); with --haystacks several to compare: 1,0.5",
+    )
+    parser.add_argument(
         "--full-prefill",
         action="store_true",
         help="run the upper decoder over the whole prompt (slower, for comparison; the result is the same)",
@@ -130,7 +139,7 @@ class Loaded:
     window: int | None  # sliding window of the checkpoint's stage, tokens
     run_dir: Path | None
     settings: dict[str, Any]  # what was asked of the engine
-    top_k: tuple[int | None, ...] = ()  # those asked for, more than one only of shared texts
+    ways: list[dict[str, Any]] = field(default_factory=lambda: [{}])  # more than one only of shared texts
     all_chunks: bool = False  # nothing else was asked for, and tokens of the checkpoint's stage read every chunk
 
     @property
@@ -154,18 +163,26 @@ class Loaded:
 def load(args: argparse.Namespace) -> Loaded:
     """Load the checkpoint of ``args`` and make its engine.
 
-    Raises RunDirError when there is no such checkpoint, RecipeError for a bad ``--top-k``, and what loading raises.
+    Raises RunDirError when there is no such checkpoint, RecipeError for a bad option, and what loading raises.
     """
     checkpoint = Path(args.checkpoint)
     if not checkpoint.is_dir():
         what = "is a file" if checkpoint.exists() else "does not exist"
         raise RunDirError(f"no checkpoint: {checkpoint} {what}; give a run directory or one of its step directories")
     options: dict[str, Any] = {}
-    ways = _top_ks(args.top_k) if args.top_k is not None else []
-    if len(ways) > 1 and not getattr(args, "haystacks", None):
-        raise RecipeError("--top-k: several are asked of texts that questions share: add --haystacks, or give one")
-    if ways:
-        options["top_k"] = ways[0]
+    several: dict[str, list[Any]] = {}
+    if args.top_k is not None:
+        several["top_k"] = _top_ks(args.top_k)
+    if args.retrieval_temperature != "1":
+        several["retrieval_temperature"] = _temperatures(args.retrieval_temperature)
+    for name, values in several.items():
+        if len(values) > 1 and not getattr(args, "haystacks", None):
+            raise RecipeError(
+                f"--{name.replace('_', '-')}: several are asked of texts that questions share: add --haystacks, or give "
+                "one"
+            )
+        options[name] = values[0]
+    ways = [dict(zip(several, way, strict=True)) for way in itertools.product(*several.values())]
     if args.neighbours < 0:
         raise RecipeError(f"--neighbours is {args.neighbours}: it must be 0 (none) or larger")
     if args.neighbours:
@@ -181,7 +198,7 @@ def load(args: argparse.Namespace) -> Loaded:
     loaded = load_for_inference(checkpoint, device=args.device, overrides=tuple(args.overrides))
     if not loaded.recipe.model.ablations.hsa:
         _refuse_memory_options(args)
-    asked = {**options, **({"top_k": ways} if len(ways) > 1 else {})}
+    asked = {**options, **{name: values for name, values in several.items() if len(values) > 1}}
     if "memory" in options:
         asked["memory"] = asdict(options["memory"])
     stages = list(loaded.recipe.stages)
@@ -194,8 +211,8 @@ def load(args: argparse.Namespace) -> Loaded:
         context=max((int(stage.context) for stage in done), default=None),
         window=int(done[-1].window) if done else None,
         run_dir=run_dir_of(checkpoint),
-        top_k=tuple(ways),
-        all_chunks=not ways and loaded.recipe.model.ablations.hsa and bool(done) and done[-1].top_k is None,
+        ways=ways,
+        all_chunks=args.top_k is None and loaded.recipe.model.ablations.hsa and bool(done) and done[-1].top_k is None,
         settings=asked,
     )
 
@@ -206,6 +223,7 @@ def _refuse_memory_options(args: argparse.Namespace) -> None:
         ("haystacks", None),
         ("top_k", None),
         ("neighbours", 0),
+        ("retrieval_temperature", "1"),
         ("memory", "device"),
         ("memory_fp8", False),
     ):
@@ -234,6 +252,16 @@ def _top_ks(text: str) -> list[int | None]:
         if part != "full" and (not part.isdigit() or int(part) < 1):
             raise RecipeError(f"--top-k is {text!r}: write a number of chunks of at least 1, or full")
         found.append(None if part == "full" else int(part))
+    return list(dict.fromkeys(found))
+
+
+def _temperatures(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < value < math.inf for value in found):
+        raise RecipeError(f"--retrieval-temperature is {text!r}: write a number above 0, such as 0.5")
     return list(dict.fromkeys(found))
 
 
@@ -316,7 +344,7 @@ def _run_shared(args: argparse.Namespace, loaded: Loaded, hay: Any, asks: list[A
         seed=args.seed,
         templates=args.templates,
         batch=args.batch,
-        top_k=loaded.top_k,
+        ways=loaded.ways,
         progress=_say,
     )
 
@@ -371,7 +399,7 @@ def _niah(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outc
             for kind in kinds
         ]
         first = results
-    result = together(first, "niah_single")  # of several top-k the first one
+    result = together(first, "niah_single")  # of several settings the first one
     if len(kinds) > 1:
         value = {**result.to_json(), "values": {kind: r.to_json() for kind, r in zip(kinds, results, strict=True)}}
         table = "\n\n".join(f"{kind}\n{report.niah_table(r)}" for kind, r in zip(kinds, results, strict=True))

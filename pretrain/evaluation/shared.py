@@ -28,7 +28,8 @@ _SNAP = 48  # a needle moves by at most so many tokens to follow the end of a se
 _QUESTION = 128  # tokens in front of the end that hold no needles of a haystack made of them
 
 
-_AS_IT_IS = -1
+Way = Mapping[str, float | None]
+"""Settings of an engine that a text can be asked with once it is read: top_k, retrieval_temperature."""
 _Tallies = dict[tuple[str, int], Tally]
 
 
@@ -65,13 +66,13 @@ def run_shared(
     seed: int = 0,
     templates: str = "eval",
     batch: int = 32,
-    top_k: Sequence[int | None] = (),
+    ways: Sequence[Way] = ({},),
     progress: Progress | None = None,
 ) -> dict[str, TaskResult]:
     """Ask every task at every length, and count exact answers of the model's own greedy generation.
 
-    ``top_k``: chunks per token (None: all); several are asked the same questions of the same texts, each text read
-    once, and label their results with `label_of`. () leaves what the prompt has.
+    ``ways``: settings to change; several are asked the same questions of the same texts, each text read once, and
+    results are labelled with what sets them apart (`label_of`).
 
     Per length ``haystacks`` texts are read; sample i of a cell goes to text i % haystacks. Tokens of a sample: its
     length, less up to 128 for the answer and so that questions end at any place of a chunk. RecipeError for a task
@@ -82,10 +83,10 @@ def run_shared(
             raise RecipeError(f"--haystacks: {ask.task} cannot share a text; tasks that can: {', '.join(TASKS)}")
     hay = haystack if isinstance(haystack, Haystack) else Haystack(haystack)
     ends = tokenizer.sentence_ends
-    ways = tuple(top_k) or (_AS_IT_IS,)
+    differing = [key for key in ways[0] if len({way[key] for way in ways}) > 1]
 
-    def name(ask: Ask, way: int | None) -> str:
-        return ask.label if len(ways) == 1 else label_of(ask.label, way)
+    def name(ask: Ask, way: Way) -> str:
+        return label_of(ask.label, {key: way[key] for key in differing})
 
     results = {
         name(ask, way): TaskResult(name(ask, way), templates, seed, ask.samples, [], len(hay), texts=haystacks)
@@ -98,9 +99,9 @@ def run_shared(
 
         def count(samples: list[_Sample], end: int, length: int = length, tallies: _Tallies = tallies) -> None:
             for way in ways:
-                if way != _AS_IT_IS:
-                    prompt.choose(way)
-                named = [replace(s, label=label_of(s.label, way)) for s in samples] if len(ways) > 1 else samples
+                if way:
+                    prompt.choose(**way)
+                named = [replace(s, label=label_of(s.label, {key: way[key] for key in differing})) for s in samples]
                 _count(prompt, tokenizer, named, end, batch, tallies, length, results)
 
         for number in range(haystacks):
@@ -145,9 +146,11 @@ def run_shared(
     return results
 
 
-def label_of(label: str, top_k: int | None) -> str:
-    """The label of results of one of several top-k."""
-    return f"{label} top-k {'full' if top_k is None else top_k}"
+def label_of(label: str, settings: Way) -> str:
+    """The label of results that were asked for with these of several settings."""
+    words = {"top_k": "top-k", "retrieval_temperature": "temperature"}
+    values = ("full" if value is None else f"{value:g}" for value in settings.values())
+    return " ".join([label, *(f"{words[key]} {value}" for key, value in zip(settings, values, strict=True))])
 
 
 def together(results: Sequence[TaskResult], label: str) -> TaskResult:

@@ -71,6 +71,7 @@ def test_what_it_does_not_belong_to_is_named(tmp_path):
         (engine_of(seed=1), "t", "other weights"),
         (engine_of(), "u", "another tokenizer"),
         (engine_of(top_k=4), "t", r"top_k=3 \(here 4\)"),
+        (engine_of(retrieval_temperature=0.5), "t", r"retrieval_temperature=1.0 \(here 0.5\)"),
         (engine_of(memory=Placement(fp8=True)), "t", "fp8=False"),
     ):
         with pytest.raises(RunDirError, match=message):

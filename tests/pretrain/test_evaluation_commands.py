@@ -156,6 +156,9 @@ def test_ruler_and_ppl(world, capsys):
         (["--depths", "0"], "--depths is 0"),
         (["--samples", "0"], "--samples is 0"),
         (["--top-k", "some"], "--top-k is 'some'"),
+        (["--retrieval-temperature", "0"], "--retrieval-temperature is '0'"),
+        (["--retrieval-temperature", "warm"], "--retrieval-temperature is 'warm'"),
+        (["--retrieval-temperature", "1,0.5"], "--retrieval-temperature: several are asked of texts that"),
         (["--distance", "9k", "--lengths", "1k"], "too few for a needle 9216 tokens"),
     ],
 )

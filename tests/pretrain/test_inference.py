@@ -61,18 +61,38 @@ def stream(engine, tokens, prompt, lengths=None):
     ids=["experts", "experts, many tokens", "dense", "shared retrieval"],
 )
 @pytest.mark.parametrize(
-    ("window", "hsa_window", "top_k", "neighbours"), [(16, 8, 3, 0), (9, 21, None, 0), (16, 8, 3, 2), (16, 8, 2, 7)]
+    ("window", "hsa_window", "top_k", "reading"),
+    [
+        (16, 8, 3, {}),
+        (9, 21, None, {}),
+        (16, 8, 3, {"neighbours": 2}),
+        (16, 8, 2, {"neighbours": 7}),
+        (9, 21, None, {"retrieval_temperature": 0.25}),
+    ],
 )
-def test_the_fixed_size_step_equals_the_full_forward(changes, batch, window, hsa_window, top_k, neighbours):
+def test_the_fixed_size_step_equals_the_full_forward(changes, batch, window, hsa_window, top_k, reading):
     model = make(window, hsa_window, top_k, **changes)
     tokens = draw(batch, 75)
-    model.schedule.neighbours = neighbours
+    model.set_schedule(window=window, hsa_window=hsa_window, top_k=top_k, **reading)
     with torch.no_grad():
         full = model(torch.nn.functional.pad(tokens, (0, 5)))[:, :75].float()
-    engine = engine_of(model, frozen=True, neighbours=neighbours)
+    engine = engine_of(model, frozen=True, **reading)
     for prompt in (1, 45):
         engine.reset()
         torch.testing.assert_close(stream(engine, tokens, prompt), full[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+
+
+def test_the_lower_the_temperature_the_more_the_best_chunk_weighs():
+    tokens = draw(2, 75)
+
+    def read(top_k, temperature):
+        engine = engine_of(make(top_k=top_k), frozen=True, retrieval_temperature=temperature)
+        return stream(engine, tokens, 45)
+
+    best = read(1, 1.0)
+    torch.testing.assert_close(read(3, 1e-6), best, rtol=1e-9, atol=1e-9)
+    assert (read(3, 1.0) - best).abs().max() > 1e-4
+    torch.testing.assert_close(read(1, 0.5), best, rtol=1e-9, atol=1e-9)  # what is chosen stays
 
 
 def test_stacking_the_experts_changes_no_weight():

@@ -88,16 +88,25 @@ def test_a_blind_reader_finds_what_stands_before_the_question(tokenizer):
     assert all(m.answered == "nothing" and len(m.wanted) == 7 for m in result.mistakes)
 
 
-def test_several_top_k_are_asked_the_same_of_texts_read_once(tokenizer):
-    """A reader that finds needles with one top-k only."""
+def test_several_settings_are_asked_the_same_of_texts_read_once(tokenizer):
+    """A reader that finds needles with one setting only."""
     hay = np.array(tokenizer.encode(HAY * 80), dtype=np.int32)
     reader = Reader(tokenizer)
-    reader.choose = lambda top_k: setattr(reader, "blind", 40 if top_k == 4 else None)
-    results = run_shared(reader, tokenizer, hay, ASKS[:1], lengths=[2048], haystacks=2, top_k=(4, None))
+    reader.choose = lambda **way: setattr(reader, "blind", None if way == FINDS else 40)
+    FINDS = {"top_k": None, "retrieval_temperature": 0.5}
+    ways = [{"top_k": k, "retrieval_temperature": 0.5} for k in (4, None)]
+    results = run_shared(reader, tokenizer, hay, ASKS[:1], lengths=[2048], haystacks=2, ways=ways)
     assert [label for label in results] == ["number top-k 4", "number top-k full"] and len(reader.texts) == 2
     few, all_ = results.values()
     assert [cell.tally.correct for cell in few.cells] == [0, 0, 0] and all_.by_length()[2048].accuracy == 1
     assert len(reader.prompts) == 36 and len(set(reader.prompts)) == 18
+    ways.append({"top_k": None, "retrieval_temperature": 1.0})
+    results = run_shared(reader, tokenizer, hay, ASKS[:1], lengths=[2048], haystacks=2, ways=ways)
+    assert {label: result.by_length()[2048].accuracy for label, result in results.items()} == {
+        "number top-k 4 temperature 0.5": 0,
+        "number top-k full temperature 0.5": 1,
+        "number top-k full temperature 1": 0,
+    }
 
 
 def test_what_cannot_share_a_text_is_refused(tokenizer):
