@@ -178,8 +178,8 @@ def load(args: argparse.Namespace) -> Loaded:
     for name, values in several.items():
         if len(values) > 1 and not getattr(args, "haystacks", None):
             raise RecipeError(
-                f"--{name.replace('_', '-')}: several are asked of texts that questions share: add --haystacks, or give "
-                "one"
+                f"--{name.replace('_', '-')}: several are asked of texts that questions share: add --haystacks, or "
+                "give one"
             )
         options[name] = values[0]
     ways = [dict(zip(several, way, strict=True)) for way in itertools.product(*several.values())]
