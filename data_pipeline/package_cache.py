@@ -197,9 +197,24 @@ class PackageCache:
                         f"cannot unpack {file}: {last_line(result.stderr)}; remove the cache and fetch again"
                     )
             else:
-                with tarfile.open(file) as archive:
-                    archive.extractall(root, filter="data")
+                _extract(file, root)
         stamp.write_text(content)
+
+
+def _extract(file: Path, root: Path) -> None:
+    """Unpack a tar archive; DataError, before anything is written, when it would write outside of ``root``."""
+    base = root.resolve()
+    with tarfile.open(file) as archive:
+        members = archive.getmembers()
+        outside = [m.name for m in members if not (base / m.name).resolve().is_relative_to(base)]
+        if outside:
+            raise DataError(
+                f"cannot unpack {file}: {outside[0]!r} lies outside of it; remove the cache and fetch again"
+            )
+        if hasattr(tarfile, "data_filter"):
+            archive.extractall(root, filter="data")
+        else:  # Debian 12's Python 3.11.2 has no filters yet; links are what they would look at
+            archive.extractall(root, [m for m in members if m.isfile() or m.isdir()])
 
 
 def last_line(text: str) -> str:

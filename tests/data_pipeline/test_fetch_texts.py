@@ -109,6 +109,33 @@ def test_offline_from_the_cache_without_apt(filled: Path, tmp_path: Path, capsys
     assert (out / "manifest.json").stat().st_mtime_ns == again
 
 
+@pytest.mark.parametrize("filters", [True, False])
+def test_archives_write_nothing_outside_of_their_folder(tmp_path: Path, monkeypatch, filters: bool) -> None:
+    """Pythons before 3.11.4 have no filters."""
+    if not filters:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+
+    def pack(name: str, *files: str, link: str = "") -> Path:
+        path = tmp_path / name
+        with tarfile.open(path, "w:gz") as tar:
+            for file in files:
+                info = tarfile.TarInfo(file)
+                info.size = 3
+                tar.addfile(info, io.BytesIO(b"abc"))
+            if link:
+                info = tarfile.TarInfo("link")
+                info.type, info.linkname = tarfile.SYMTYPE, link
+                tar.addfile(info)
+        return path
+
+    package_cache._extract(pack("good.tar.gz", "a/b.txt", "./c.txt", link="a/b.txt"), tmp_path / "good")
+    assert (tmp_path / "good" / "a" / "b.txt").read_text() == (tmp_path / "good" / "c.txt").read_text() == "abc"
+    for number, name in enumerate(("../evil.txt", str(tmp_path / "evil.txt"))):
+        with pytest.raises(DataError, match="lies outside of it"):
+            package_cache._extract(pack("bad.tar.gz", "first.txt", name), tmp_path / f"bad{number}")
+        assert not list(tmp_path.glob("**/evil.txt")) and not (tmp_path / f"bad{number}").exists()
+
+
 def test_what_is_not_there_is_said_once(filled: Path, tmp_path: Path, capsys) -> None:
     assert main(["--out", str(tmp_path / "t"), "--cache", str(tmp_path / "empty"), "--offline"]) == 2
     error = capsys.readouterr().err
