@@ -108,7 +108,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--retrieval-temperature",
-        default="1",
         metavar="T",
         help="divide the scores of chunks by it before their softmax: below 1 the best one weighs more, which long "
         "texts want (default 1); with --haystacks several to compare: 1,0.5",
@@ -173,7 +172,7 @@ def load(args: argparse.Namespace) -> Loaded:
     several: dict[str, list[Any]] = {}
     if args.top_k is not None:
         several["top_k"] = _top_ks(args.top_k)
-    if args.retrieval_temperature != "1":
+    if args.retrieval_temperature is not None:
         several["retrieval_temperature"] = _temperatures(args.retrieval_temperature)
     for name, values in several.items():
         if len(values) > 1 and not getattr(args, "haystacks", None):
@@ -223,7 +222,7 @@ def _refuse_memory_options(args: argparse.Namespace) -> None:
         ("haystacks", None),
         ("top_k", None),
         ("neighbours", 0),
-        ("retrieval_temperature", "1"),
+        ("retrieval_temperature", None),
         ("memory", "device"),
         ("memory_fp8", False),
     ):

@@ -85,11 +85,13 @@ def run_shared(
     ends = tokenizer.sentence_ends
     differing = [key for key in ways[0] if len({way[key] for way in ways}) > 1]
 
-    def name(ask: Ask, way: Way) -> str:
-        return label_of(ask.label, {key: way[key] for key in differing})
+    def name(label: str, way: Way) -> str:
+        return label_of(label, {key: way[key] for key in differing})
 
     results = {
-        name(ask, way): TaskResult(name(ask, way), templates, seed, ask.samples, [], len(hay), texts=haystacks)
+        name(ask.label, way): TaskResult(
+            name(ask.label, way), templates, seed, ask.samples, [], len(hay), texts=haystacks
+        )
         for ask in asks
         for way in ways
     }
@@ -101,7 +103,7 @@ def run_shared(
             for way in ways:
                 if way:
                     prompt.choose(**way)
-                named = [replace(s, label=label_of(s.label, {key: way[key] for key in differing})) for s in samples]
+                named = [replace(s, label=name(s.label, way)) for s in samples]
                 _count(prompt, tokenizer, named, end, batch, tallies, length, results)
 
         for number in range(haystacks):
@@ -131,7 +133,7 @@ def run_shared(
                     count(_needles(ask, prompt, tokenizer, text, end, entropies[ask.label], templates, some), end)
                     seconds[ask.label] += time.perf_counter() - began
         for ask, way in ((ask, way) for ask in asks for way in ways):
-            result = results[name(ask, way)]
+            result = results[name(ask.label, way)]
             cells = [Cell(length, depth, None, tallies[result.task, i]) for i, depth in enumerate(ask.depths)]
             result.cells += cells
             result.seconds[length] = seconds[ask.label] / len(ways)
