@@ -401,11 +401,13 @@ def _errno(error: BaseException | None) -> int | None:
 
 def _explain(number: int | None, text: str, directory: Path, step: int, needed: int) -> OSError:
     """An OSError that says what failed, whether it is the disk, and what is left. Call before freeing any room."""
-    free = shutil.disk_usage(directory).free if directory.is_dir() else 0
+    problem = f"the checkpoint of step {step} could not be written to {directory}"
+    if not directory.is_dir():  # a write takes long enough for somebody to clear the run away
+        return OSError(number or errno.ENOENT, f"{problem}: the folder is gone, removed while it was written ({text})")
+    free = shutil.disk_usage(directory).free
     full = number in (errno.ENOSPC, errno.EDQUOT) or free < max(needed, 1 << 20)
     left = list_checkpoints(directory)
     kept = f"{left[-1].name} is untouched" if left else "there is no earlier one"
-    problem = f"the checkpoint of step {step} could not be written to {directory}"
     if not full:
         return OSError(number or errno.EIO, f"{problem}: {text} ({kept})")
     return OSError(

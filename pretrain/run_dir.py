@@ -17,6 +17,7 @@ Files are replaced whole (written aside, synced, renamed), so a kill at any mome
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -115,6 +116,15 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in items:
         flat.update(flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
     return flat or ({prefix: [] if isinstance(value, list | tuple) else {}} if prefix else {})
+
+
+def allowed_key(text: str) -> str:
+    """One key behind ``--allow-change``. An override there would be taken for a key, and its value would be lost."""
+    if "=" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text}: names of keys only stand behind --allow-change; give what changes in front of it"
+        )
+    return text
 
 
 def check_resume(frozen: dict[str, Any], now: dict[str, Any], allow: Iterable[str] = ()) -> list[Change]:

@@ -48,6 +48,8 @@ class Recipe(Protocol):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hsa submit`."""
+    from pretrain.run_dir import allowed_key
+
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLE
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name in recipes/, or the path of a YAML file")
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-change",
         nargs="+",
+        type=allowed_key,
         action="extend",
         default=[],
         metavar="KEY",

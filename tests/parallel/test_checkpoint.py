@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import random
+import shutil
 import subprocess
 import threading
 from collections import namedtuple
@@ -409,6 +410,19 @@ def test_full_disk_leaves_what_was_there(small, tmp_path, monkeypatch, fail, bac
     assert find_latest(tmp_path) == first
     save(small, tmp_path)  # training goes on once there is room
     assert find_latest(tmp_path) == tmp_path / "step_00000002"
+
+
+def test_a_folder_removed_under_a_save_is_no_full_disk(small, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+
+    def cleared(*args, **kwargs):
+        shutil.rmtree(folder)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(checkpoint, "sha256", cleared)
+    with pytest.raises(OSError, match="the folder is gone") as caught:
+        save(small, folder)
+    assert caught.value.errno == errno.ENOENT and str(folder) in str(caught.value)
 
 
 def test_a_really_full_disk(small, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from pretrain import run_dir as run_dir_module
+from pretrain.cli import main
 from pretrain.errors import RecipeError, RunDirError
 from pretrain.run_dir import RunDir, check_resume, flatten, write_atomic
 
@@ -217,6 +218,14 @@ def test_other_changes_are_refused_with_every_key():
     assert "stages.1.context: 256 -> 512" in message
     assert "--allow-change optimizer.lr --allow-change stages.1.context" in message
     assert "max_steps:" not in message
+
+
+@pytest.mark.parametrize("command", ["train", "submit"])
+def test_an_override_behind_allow_change_is_refused_not_lost(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "demo", "--allow-change", "seed", "seed=7"])
+    assert caught.value.code == 2
+    assert "seed=7: names of keys only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
