@@ -40,7 +40,8 @@ def test_both_shipped_studies_ask_the_same():
         names = (variant.name.removeprefix("no-").removesuffix("-seed-1") for variant in load_study(name).variants)
         return {name for name in names if not name.startswith(own)}
 
-    own = ("ratio", "groups", "top-k", "baseline", "frequent", "temperature")  # what the two sizes cannot share
+    # What the two sizes cannot share.
+    own = ("ratio", "groups", "top-k", "baseline", "frequent", "temperature", "chunk", "retrieval")
     assert asked("cpu") == asked("h100")
 
 
