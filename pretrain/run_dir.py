@@ -118,8 +118,21 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat or ({prefix: [] if isinstance(value, list | tuple) else {}} if prefix else {})
 
 
-def allowed_key(text: str) -> str:
-    """One key behind ``--allow-change``. An override there would be taken for a key, and its value would be lost."""
+def add_allow_change(parser: argparse.ArgumentParser) -> None:
+    """The argument ``--allow-change`` of all commands that go on with a run; `check_resume` takes what it holds."""
+    parser.add_argument(
+        "--allow-change",
+        nargs="+",
+        type=_key,
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="recipe keys that may differ from the run's frozen recipe; the change is recorded",
+    )
+
+
+def _key(text: str) -> str:
+    """An override behind ``--allow-change`` would be taken for a key, and its value would be lost."""
     if "=" in text:
         raise argparse.ArgumentTypeError(
             f"{text}: names of keys only stand behind --allow-change; give what changes in front of it"

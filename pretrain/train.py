@@ -20,7 +20,7 @@ from parallel.mesh import launched_rank, launched_world_size
 from parallel.optional import describe, describe_use
 from pretrain.errors import RecipeError
 from pretrain.recipe import LoadedRecipe, Recipe, StageConfig, effective_micro_batch, load_recipe
-from pretrain.run_dir import RunDir, allowed_key, check_resume
+from pretrain.run_dir import RunDir, add_allow_change, check_resume
 from pretrain.signals import STOPPED, StopRequest
 from pretrain.stages import Position, StageController
 from pretrain.topology import check_machine, check_stage
@@ -36,15 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--until-stage", default=None, metavar="NAME", help="stop with status 0 once this stage is done"
     )
-    parser.add_argument(
-        "--allow-change",
-        nargs="+",
-        type=allowed_key,
-        action="extend",
-        default=[],
-        metavar="KEY",
-        help="recipe keys that may differ from the run's frozen recipe; the change is recorded",
-    )
+    add_allow_change(parser)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -48,22 +48,14 @@ class Recipe(Protocol):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hsa submit`."""
-    from pretrain.run_dir import allowed_key
+    from pretrain.run_dir import add_allow_change
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLE
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name in recipes/, or the path of a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe keys to change")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="seen by every node (default runs/NAME)")
-    parser.add_argument(
-        "--allow-change",
-        nargs="+",
-        type=allowed_key,
-        action="extend",
-        default=[],
-        metavar="KEY",
-        help="recipe keys that may differ from those the run was started with, as for `hsa train`",
-    )
+    add_allow_change(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print; needs neither data nor Slurm")
 
 
