@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             epilog=f"example:\n  {EXAMPLES[kind]}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        add_model_arguments(one)
+        add_model_arguments(one, haystacks=kind != "ppl")
         default = _DEFAULT_LENGTHS[kind]
         one.add_argument("--lengths", default=default, metavar="L,L", help=f"{_LENGTH_HELP} (default {default})")
         one.add_argument("--batch", type=int, default=16, metavar="N", help="samples at a time, at most (default 16)")
@@ -89,15 +89,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             one.add_argument("--qa", metavar="FILE", help="documents and questions for the task qa: JSON as SQuAD's")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, where and how it reads a prompt: shared by ``hsa eval`` and ``hsa generate``."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, haystacks: bool = False) -> None:
+    """Which model, where and how it reads a prompt: shared by ``hsa eval`` and ``hsa generate``.
+
+    haystacks: the command has the option, with which a text that is read once can be asked in several ways.
+    """
+    several = "; with --haystacks several to compare: {}" if haystacks else ""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory (its latest) or one step directory")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values to change")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: CUDA where it is")
     parser.add_argument(
         "--top-k",
         metavar="K",
-        help="chunks per token, or full (default: the last stage's); with --haystacks several to compare: 4,16,64",
+        help="chunks per token, or full (default: the last stage's)" + several.format("4,16,64"),
     )
     parser.add_argument(
         "--neighbours",
@@ -110,7 +114,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--retrieval-temperature",
         metavar="T",
         help="divide the scores of chunks by it before their softmax: below 1 the best one weighs more, which long "
-        "texts want (default 1); with --haystacks several to compare: 1,0.5",
+        "texts want (default 1)" + several.format("1,0.5"),
     )
     parser.add_argument(
         "--full-prefill",
@@ -176,10 +180,8 @@ def load(args: argparse.Namespace) -> Loaded:
         several["retrieval_temperature"] = _temperatures(args.retrieval_temperature)
     for name, values in several.items():
         if len(values) > 1 and not getattr(args, "haystacks", None):
-            raise RecipeError(
-                f"--{name.replace('_', '-')}: several are asked of texts that questions share: add --haystacks, or "
-                "give one"
-            )
+            shared = "add --haystacks, or give one" if hasattr(args, "haystacks") else "give one here"
+            raise RecipeError(f"--{name.replace('_', '-')}: several are asked of texts that questions share: {shared}")
         options[name] = values[0]
     ways = [dict(zip(several, way, strict=True)) for way in itertools.product(*several.values())]
     if args.neighbours < 0:

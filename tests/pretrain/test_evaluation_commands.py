@@ -228,6 +228,17 @@ def test_generate_stops_at_the_number_of_tokens_and_reads_stdin(world, capsys, m
     assert world.engines[0].options == {"full_prefill": True}
 
 
+def test_generate_takes_one_value_and_names_no_option_that_it_lacks(world, capsys):
+    prompt = world.tmp_path / "prompt.txt"
+    prompt.write_text(TEXT)
+    for option, values in (("--top-k", "4,8"), ("--retrieval-temperature", "1,0.5")):
+        with pytest.raises(RecipeError, match=f"{option}: several are asked of texts that questions share: give one"):
+            continue_prompt(world.run, "--prompt-file", prompt, option, values)
+    with pytest.raises(SystemExit):
+        continue_prompt("--help")
+    assert "--haystacks" not in capsys.readouterr().out
+
+
 def test_generate_is_greedy_unless_sampling_is_asked_for():
     def sampling(*arguments):
         parser = argparse.ArgumentParser()
