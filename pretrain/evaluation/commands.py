@@ -58,12 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             one.add_argument("--samples", type=int, metavar="N", help="sequences per length (default: all that fit)")
             continue
         one.add_argument("--samples", type=int, default=20, metavar="N", help="questions per cell (default 20)")
-        one.add_argument(
-            "--haystacks",
-            type=int,
-            metavar="N",
-            help="read N texts per length and ask all questions of them, each an edit (default: a text per question)",
-        )
         one.add_argument("--seed", type=int, default=0, help="another seed asks other questions (default 0)")
         one.add_argument(
             "--templates",
@@ -92,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser, *, haystacks: bool = False) -> None:
     """Which model, where and how it reads a prompt: shared by ``hsa eval`` and ``hsa generate``.
 
-    haystacks: the command has the option, with which a text that is read once can be asked in several ways.
+    haystacks: with ``--haystacks``, by which a text is read once and can be asked in several ways.
     """
     several = "; with --haystacks several to compare: {}" if haystacks else ""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory (its latest) or one step directory")
@@ -103,6 +97,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, haystacks: bool = Fa
         metavar="K",
         help="chunks per token, or full (default: the last stage's)" + several.format("4,16,64"),
     )
+    if haystacks:
+        parser.add_argument(
+            "--haystacks",
+            type=int,
+            metavar="N",
+            help="read N texts per length and ask all questions of them, each an edit (default: a text per question)",
+        )
     parser.add_argument(
         "--neighbours",
         type=int,
