@@ -320,7 +320,7 @@ def test_server_outage(runs):
         pace = time.monotonic() - began
         server = Server(runs, port)
         deadline = time.monotonic() + 60
-        # results of evaluations follow the steps, so all steps there is not yet all there
+        # results of evaluations are sent after the steps: no unsent step does not mean that all is there
         while read_json(training.run.tracking_path)["sent_evaluation_step"] < 30 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert unsent(training.run) == 0
