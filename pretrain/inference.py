@@ -177,16 +177,22 @@ class InferenceEngine:
                     self.store.write(one, [row], positions[row] // size - 1)
             return logits
 
-    def score(self, tokens: Tensor) -> Tensor:
+    def score(self, tokens: Tensor, last: int | None = None) -> Tensor:
         """Negative log-likelihood in nats of tokens[:, 1:], given all before them: (B, L) int64 -> (B, L - 1) float32.
 
+        last: of so many tokens at the end only, (B, last); those before them are read as a prompt is, which costs less.
         Starts from an empty state and leaves one behind. Rows may be padded on the right: nothing sees padding.
         """
-        return self.score_greedy(tokens)[0]
+        return self.score_greedy(tokens, last)[0]
 
     @torch.no_grad()
-    def score_greedy(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """As `score`, and whether each token was the likeliest one, (B, L - 1) bool."""
+    def score_greedy(self, tokens: Tensor, last: int | None = None) -> tuple[Tensor, Tensor]:
+        """As `score`, and whether each token was the likeliest one, bool of the same shape."""
+        length = tokens.shape[1]
+        if last is not None and not 1 <= last < length:
+            raise ValueError(f"of {length} tokens the last 1 to {length - 1} can be scored, not {last}")
+        first = 0 if last is None else length - 1 - last  # whose output is the first to count
+        begin = max(0, first - (self.receptive_field - 1))  # where the upper decoder has to begin for that
         self.reset()
         losses, likeliest = [], []
         tokens = tokens.to(self.device)
@@ -196,9 +202,15 @@ class InferenceEngine:
             for start in range(0, tokens.shape[1] - 1, self.segment):
                 part = tokens[:, start : min(start + self.segment, tokens.shape[1] - 1)]
                 reading, hidden = self._read(reading, part)
-                reading, output = self._upper(reading, hidden, start)
-                logits = self.model.logits(self.model.decoder.final_layernorm(output)).float()
-                labels = tokens[:, start + 1 : start + 1 + part.shape[1]].transpose(0, 1)
+                end, start = start + part.shape[1], max(start, begin)
+                if start >= end:
+                    continue
+                reading, output = self._upper(reading, hidden[start - end :], start)
+                start = max(start, first)
+                if start >= end:
+                    continue
+                logits = self.model.logits(self.model.decoder.final_layernorm(output[start - end :])).float()
+                labels = tokens[:, start + 1 : end + 1].transpose(0, 1)
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
                 losses.append(loss.view(labels.shape).transpose(0, 1))
                 likeliest.append((logits.argmax(-1) == labels).transpose(0, 1))

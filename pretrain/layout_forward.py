@@ -107,9 +107,12 @@ class LayoutEngine:
         """One more token per sequence, tokens (B,) int64 -> logits (B, V) float32 of the one after it."""
         return self.prefill(tokens[:, None])
 
-    def score(self, tokens: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, L - 1) float32 nll in nats of tokens[:, 1:]; leaves an empty state."""
+    def score(self, tokens: Tensor, last: int | None = None) -> Tensor:
+        """(B, L) int64 -> (B, L - 1) float32 nll in nats of tokens[:, 1:], or of the ``last`` tokens; leaves an empty
+        state.
+        """
         self.reset()
         tokens = tokens.to(self.device)
-        logits = self._logits(tokens)[:, :-1]
-        return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        scored = tokens.shape[1] - 1 if last is None else last
+        logits = self._logits(tokens)[:, -1 - scored : -1]
+        return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, -scored:], reduction="none")

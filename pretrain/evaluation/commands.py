@@ -20,7 +20,8 @@ EXAMPLES = {
     "  hsa eval niah runs/h100-16m --lengths 4k,1m,16m --haystacks 4 --values number,word,uuid --templates eval\n"
     "  hsa eval niah runs/demo --lengths 1x --distance 8w --samples 100",
     "ruler": "hsa eval ruler runs/demo --lengths 4k,64k --tasks niah_multiquery,variable_tracking",
-    "ppl": "hsa eval ppl runs/demo --lengths 1x,4x data.held_out=novel.txt",
+    "ppl": "hsa eval ppl runs/demo --lengths 1x,4x data.held_out=novel.txt\n"
+    "  hsa eval ppl runs/demo --lengths 1x,4x,16x --last 64 --samples 50 data.held_out=novel.txt",
     "lm-eval": "hsa eval lm-eval runs/demo --tasks lambada_openai --limit 100",
 }
 _HELP = {
@@ -56,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("--json", metavar="FILE", help="write the JSON here instead")
         if kind == "ppl":
             one.add_argument("--samples", type=int, metavar="N", help="sequences per length (default: all that fit)")
+            one.add_argument(
+                "--last",
+                type=int,
+                metavar="N",
+                help="score only the last N tokens of sequences that end at the same places: the same tokens behind "
+                "every length",
+            )
             continue
         one.add_argument("--samples", type=int, default=20, metavar="N", help="questions per cell (default 20)")
         one.add_argument("--seed", type=int, default=0, help="another seed asks other questions (default 0)")
@@ -271,7 +279,7 @@ def main(args: argparse.Namespace) -> int:
     """Run one evaluation; RecipeError, RunDirError and DataError for what the user can repair."""
     if args.evaluation == "lm-eval":
         return lm_eval_adapter.main(args)
-    for name in ("samples", "batch", "depths", "haystacks"):
+    for name in ("samples", "batch", "depths", "haystacks", "last"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise RecipeError(f"--{name} is {value}: it must be at least 1")
@@ -471,6 +479,8 @@ def _ppl(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outco
         text,
         contexts=lengths,
         sequences=args.samples,
+        last=args.last,
+        reference=loaded.context,
         unigram_counts=counts,
         batch=args.batch,
         progress=_say,

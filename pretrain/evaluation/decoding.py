@@ -25,8 +25,9 @@ class Engine(Protocol):
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,) int64 tokens, one per sequence -> (B, V) float32 logits of the one after."""
 
-    def score(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, L) int64 -> (B, L-1) float32 negative log-likelihood (nats) of tokens 1..L-1, each given those before."""
+    def score(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """(B, L) int64 -> (B, L-1) float32 negative log-likelihood (nats) of tokens 1..L-1, each given those before;
+        (B, last) of the last ones only."""
 
 
 @dataclass(frozen=True)

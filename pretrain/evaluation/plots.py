@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from pretrain import metrics_log
 from pretrain.errors import RunDirError
-from pretrain.evaluation.ppl import PplResult
+from pretrain.evaluation.ppl import Mean, PplResult
 from pretrain.evaluation.retrieval import TaskResult
 from pretrain.evaluation.tally import total
 from pretrain.evaluation.units import format_length
@@ -209,7 +209,8 @@ def _mark_training_context(axes, context: int) -> None:
 def perplexity_by_position(
     result: PplResult, path: str | os.PathLike[str], *, model: str, training_context: int | None = None
 ) -> Path:
-    """Perplexity of held-out text over the position (log scale), one line per context, with the unigram model's level.
+    """Perplexity of held-out text over the position (log scale), one line per context, with the unigram model's level;
+    of the same tokens behind every context one line over the contexts.
 
     Shaded: 95 % interval. The dashed line marks the training context.
     """
@@ -217,22 +218,12 @@ def perplexity_by_position(
         figure = Figure(figsize=(7.2, 4.0), layout="constrained")
         axes = figure.add_subplot()
         furthest = max(item.context for item in result.contexts)
-        for number, item in enumerate(result.contexts):
-            buckets = [b for b in item.buckets if b.end > 16 or len(item.buckets) == 1]
-            x = [math.sqrt(b.start * b.end) for b in buckets]
+        for number, (label, x, means) in enumerate(_lines_of_perplexity(result)):
             colour = _LINES[number % len(_LINES)]
-            label = f"context {format_length(item.context)}: {item.overall.perplexity:.2f} over all"
-            axes.plot(
-                x,
-                [b.mean.perplexity for b in buckets],
-                color=colour,
-                marker="o",
-                markersize=4,
-                linewidth=1.8,
-                label=label,
-            )
-            low = [math.exp(b.mean.low) if not math.isnan(b.mean.low) else b.mean.perplexity for b in buckets]
-            high = [math.exp(b.mean.high) if not math.isnan(b.mean.high) else b.mean.perplexity for b in buckets]
+            y = [mean.perplexity for mean in means]
+            axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+            low = [math.exp(mean.low) if not math.isnan(mean.low) else mean.perplexity for mean in means]
+            high = [math.exp(mean.high) if not math.isnan(mean.high) else mean.perplexity for mean in means]
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         if result.unigram_nll is not None:
             level = math.exp(result.unigram_nll)
@@ -251,13 +242,28 @@ def perplexity_by_position(
         axes.set_axisbelow(True)
         if training_context is not None and training_context <= furthest:
             _mark_training_context(axes, training_context)
-        axes.set_xlabel("position in the sequence (tokens)")
+        axes.set_xlabel("position in the sequence (tokens)" if result.last is None else "context (tokens)")
         axes.set_ylabel("perplexity")
         tokens = sum(item.overall.n for item in result.contexts)
-        figure.suptitle("Held-out perplexity by position", x=0.01, ha="left", fontsize=12, fontweight="bold")
+        what = "by position" if result.last is None else "of the same text behind every context"
+        figure.suptitle(f"Held-out perplexity {what}", x=0.01, ha="left", fontsize=12, fontweight="bold")
         axes.set_title(f"{model} · {tokens:,} scored tokens", fontsize=9, fontweight="normal")
         axes.legend(loc="upper right" if result.unigram_nll is None else "best", fontsize=9)
         return _save(figure, path)
+
+
+def _lines_of_perplexity(result: PplResult) -> list[tuple[str, list[float], list[Mean]]]:
+    """Label, positions and means of every line."""
+    if result.last is not None:
+        contexts = result.contexts
+        label = f"last {result.last} tokens of {contexts[0].sequences} sequences"
+        return [(label, [float(item.context) for item in contexts], [item.overall for item in contexts])]
+    lines = []
+    for item in result.contexts:
+        buckets = [b for b in item.buckets if b.end > 16 or len(item.buckets) == 1]
+        label = f"context {format_length(item.context)}: {item.overall.perplexity:.2f} over all"
+        lines.append((label, [math.sqrt(b.start * b.end) for b in buckets], [b.mean for b in buckets]))
+    return lines
 
 
 def training_curve(

@@ -2,6 +2,9 @@
 
 Sequences do not overlap and the text is never repeated (a repeated text can be looked up, which would flatter a
 retrieving model): a context longer than the text is left out and the result says so.
+
+Contexts measured so are measured on different text, and text differs by more than contexts do. ``last`` compares them
+on the same tokens: a few places of the text, each read behind every context.
 """
 
 import math
@@ -50,7 +53,9 @@ class Bucket:
 
 @dataclass
 class ContextPpl:
-    """Perplexity with sequences of ``context`` tokens."""
+    """Perplexity with sequences of ``context`` tokens; ``difference``: its losses minus those of the same tokens in the
+    reference context (with ``last`` only).
+    """
 
     context: int
     sequences: int
@@ -58,17 +63,21 @@ class ContextPpl:
     bits_per_byte: float
     buckets: list[Bucket]
     seconds: float
+    difference: Mean | None = None
 
 
 @dataclass
 class PplResult:
     """All contexts, the unigram baseline (nats per token; None without counts), and what could not be measured and
-    why.
+    why. ``last``: tokens scored at the end of every sequence (None: all); ``reference``: the context that the others
+    are compared with.
     """
 
     contexts: list[ContextPpl]
     unigram_nll: float | None
     text_tokens: int
+    last: int | None = None
+    reference: int | None = None
     left_out: dict[int, str] = field(default_factory=dict)
 
     def to_json(self) -> dict:
@@ -78,6 +87,8 @@ class PplResult:
         )
         return {
             "text_tokens": self.text_tokens,
+            "last": self.last,
+            "reference": self.reference,
             "unigram": unigram,
             "left_out": {str(context): why for context, why in self.left_out.items()},
             "contexts": [
@@ -87,6 +98,7 @@ class PplResult:
                     **_mean_json(item.overall),
                     "bits_per_byte": item.bits_per_byte,
                     "seconds": round(item.seconds, 3),
+                    "difference": None if item.difference is None else _mean_json(item.difference),
                     "positions": [{"start": b.start, "end": b.end, **_mean_json(b.mean)} for b in item.buckets],
                 }
                 for item in self.contexts
@@ -108,6 +120,8 @@ def run_ppl(
     *,
     contexts: Sequence[int],
     sequences: int | None = None,
+    last: int | None = None,
+    reference: int | None = None,
     unigram_counts: np.ndarray | None = None,
     batch: int = 16,
     token_budget: int = TOKEN_BUDGET,
@@ -115,31 +129,44 @@ def run_ppl(
 ) -> PplResult:
     """Score ``text`` (1-D held-out tokens) in sequences of each context.
 
-    ``sequences`` limits how many (spread evenly over the text; None = all that fit). ``unigram_counts`` (V,) are
-    token counts of the training data. Raises RecipeError when not even the shortest context fits the text.
+    ``sequences`` limits how many (spread evenly over the text; None = all that fit). ``last``: only so many tokens at
+    the end of every sequence, and sequences of all contexts end at the same places; contexts are then compared with
+    ``reference`` (the shortest where that is not among them). ``unigram_counts`` (V,) are token counts of the training
+    data. Raises RecipeError when not even the shortest context fits the text.
     """
     tokens = np.asarray(text).astype(np.int64, copy=False)
     if min(contexts) < 2:
         raise RecipeError("perplexity needs a context of at least 2 tokens")
+    if last is not None and not 1 <= last < min(contexts):
+        shortest = format_length(min(contexts))
+        raise RecipeError(f"--last is {last}: sequences of {shortest} can score their last 1 to {min(contexts) - 1}")
+    fitting = [context for context in contexts if context <= tokens.size]
+    if not fitting:
+        raise RecipeError(
+            f"the held-out text has {tokens.size} tokens, less than the shortest context "
+            f"{format_length(min(contexts))}: give a shorter --lengths or a longer text with data.held_out=PATH"
+        )
     unigram = None if unigram_counts is None else unigram_nll(unigram_counts, tokens)
     result = PplResult([], unigram, int(tokens.size))
-    for context in contexts:
-        starts = sequence_starts(tokens.size, context, sequences)
-        if not starts:
-            result.left_out[context] = f"the held-out text has {tokens.size} tokens"
-            continue
-        measured = _score_context(engine, tokenizer, tokens, context, starts, batch, token_budget)
+    result.left_out = {c: f"the held-out text has {tokens.size} tokens" for c in contexts if c not in fitting}
+    if last is not None:
+        result.last, result.reference = last, reference if reference in fitting else min(fitting)
+        ends = sequence_ends(tokens.size, max(fitting), last, sequences)
+    losses = {}
+    for context in fitting:
+        starts = sequence_starts(tokens.size, context, sequences) if last is None else [end - context for end in ends]
+        measured, losses[context] = _score_context(
+            engine, tokenizer, tokens, context, starts, last, batch, token_budget
+        )
         result.contexts.append(measured)
         if progress:
             progress(
                 f"ppl at {format_length(context)}: {measured.overall.perplexity:.3f} over {measured.overall.n} tokens, "
                 f"{measured.seconds:.1f} s"
             )
-    if not result.contexts:
-        raise RecipeError(
-            f"the held-out text has {tokens.size} tokens, less than the shortest context "
-            f"{format_length(min(contexts))}: give a shorter --lengths or a longer text with data.held_out=PATH"
-        )
+    if result.reference is not None:
+        for item in result.contexts:
+            item.difference = mean_nll(losses[item.context] - losses[result.reference])
     return result
 
 
@@ -153,22 +180,39 @@ def sequence_starts(size: int, context: int, limit: int | None) -> list[int]:
     return [(i * fitting // limit) * context for i in range(limit)]
 
 
+def sequence_ends(size: int, longest: int, last: int, limit: int | None) -> list[int]:
+    """Ends (exclusive) of sequences of up to ``longest`` tokens whose ``last`` ones do not overlap, spread evenly over
+    the ``size`` tokens when there are more than ``limit``.
+    """
+    return [longest + start for start in sequence_starts(size - longest + last, last, limit)]
+
+
 @torch.no_grad()
 def _score_context(
-    engine: Engine, tokenizer, tokens: np.ndarray, context: int, starts: list[int], batch: int, token_budget: int
-) -> ContextPpl:
+    engine: Engine,
+    tokenizer,
+    tokens: np.ndarray,
+    context: int,
+    starts: list[int],
+    last: int | None,
+    batch: int,
+    token_budget: int,
+) -> tuple[ContextPpl, np.ndarray]:
     began = time.perf_counter()
     rows = max(1, min(batch, token_budget // context))
-    nll = np.empty((len(starts), context - 1), dtype=np.float32)
+    scored = context - 1 if last is None else last
+    nll = np.empty((len(starts), scored), dtype=np.float32)
     text_bytes = 0
     for at in range(0, len(starts), rows):
         chosen = starts[at : at + rows]
         block = np.stack([tokens[start : start + context] for start in chosen])
         engine.reset()
-        nll[at : at + len(chosen)] = engine.score(torch.from_numpy(block)).float().cpu().numpy()
-        text_bytes += sum(len(tokenizer.decode(row[1:].tolist()).encode("utf-8")) for row in block)
-    buckets = [Bucket(start, end, mean_nll(nll[:, start - 1 : end - 1])) for start, end in position_buckets(context)]
-    return ContextPpl(
+        nll[at : at + len(chosen)] = engine.score(torch.from_numpy(block), last).float().cpu().numpy()
+        text_bytes += sum(len(tokenizer.decode(row[-scored:].tolist()).encode("utf-8")) for row in block)
+    ranges = position_buckets(context) if last is None else [(context - last, context)]
+    first = context - scored
+    buckets = [Bucket(start, end, mean_nll(nll[:, start - first : end - first])) for start, end in ranges]
+    measured = ContextPpl(
         context=context,
         sequences=len(starts),
         overall=mean_nll(nll),
@@ -176,6 +220,7 @@ def _score_context(
         buckets=buckets,
         seconds=time.perf_counter() - began,
     )
+    return measured, nll
 
 
 def position_buckets(context: int) -> list[tuple[int, int]]:

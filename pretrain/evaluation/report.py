@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pretrain.evaluation.ppl import PplResult
+from pretrain.evaluation.ppl import Mean, PplResult
 from pretrain.evaluation.retrieval import TaskResult
 from pretrain.evaluation.ruler import RulerResult
 from pretrain.evaluation.tally import Tally
@@ -39,13 +39,22 @@ def ruler_table(result: RulerResult) -> str:
 
 
 def ppl_table(result: PplResult) -> str:
-    """Perplexity with its 95 % interval and bits per byte, one row per context, beside the unigram model's."""
-    rows = [["context", "sequences", "nats/token", "perplexity", "95 %", "bits/byte", "last quarter"]]
+    """Perplexity with its 95 % interval and bits per byte, one row per context, beside the unigram model's.
+
+    The last column is the perplexity of the sequences' second half, or with ``last`` the perplexity of the same tokens
+    against the reference context's, with the interval of their differences.
+    """
+    compared = None if result.reference is None else format_length(result.reference)
+    tail_name = "second half" if compared is None else f"against {compared}"
+    rows = [["context", "sequences", "nats/token", "perplexity", "95 %", "bits/byte", tail_name]]
     for item in result.contexts:
         mean = item.overall
         spread = "" if math.isnan(mean.low) else f"{math.exp(mean.low):.2f}-{math.exp(mean.high):.2f}"
-        late = [bucket.mean for bucket in item.buckets if bucket.start >= item.context // 2]
-        tail = math.exp(sum(m.nll * m.n for m in late) / sum(m.n for m in late)) if late else mean.perplexity
+        if item.difference is not None:
+            tail = "" if item.context == result.reference else _against(item.difference)
+        else:
+            late = [bucket.mean for bucket in item.buckets if bucket.start >= item.context // 2] or [mean]
+            tail = f"{math.exp(sum(m.nll * m.n for m in late) / sum(m.n for m in late)):.2f}"
         rows.append(
             [
                 format_length(item.context),
@@ -54,7 +63,7 @@ def ppl_table(result: PplResult) -> str:
                 f"{mean.perplexity:.2f}",
                 spread,
                 f"{item.bits_per_byte:.3f}",
-                f"{tail:.2f}",
+                tail,
             ]
         )
     notes = [f"left out {format_length(context)}: {why}" for context, why in result.left_out.items()]
@@ -62,7 +71,16 @@ def ppl_table(result: PplResult) -> str:
         notes.insert(
             0, f"unigram model: {result.unigram_nll:.4f} nats/token, perplexity {math.exp(result.unigram_nll):.1f}"
         )
-    return _table(rows, f"held-out text of {result.text_tokens} tokens", *notes)
+    same = "" if result.last is None else f", the same {result.last} tokens at the end of every sequence"
+    return _table(rows, f"held-out text of {result.text_tokens} tokens{same}", *notes)
+
+
+def _against(difference: Mean) -> str:
+    """Perplexity against another's in %, with its 95 % interval: ``+1.2 % [+0.8, +1.6]``."""
+    percent = [100 * math.expm1(nats) for nats in (difference.nll, difference.low, difference.high)]
+    if math.isnan(percent[1]):
+        return f"{percent[0]:+.1f} %"
+    return "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*percent)
 
 
 def _percent(tally: Tally) -> str:

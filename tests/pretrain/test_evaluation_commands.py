@@ -43,8 +43,8 @@ class Engine:
     def decode(self, tokens):
         return self._logits(len(tokens))
 
-    def score(self, tokens):
-        return torch.full((tokens.shape[0], tokens.shape[1] - 1), 2.0)
+    def score(self, tokens, last=None):
+        return torch.full((tokens.shape[0], last or tokens.shape[1] - 1), 2.0)
 
     def _logits(self, rows):
         logits = torch.zeros(rows, self.tokenizer.vocab_size + 5)
@@ -146,6 +146,18 @@ def test_ruler_and_ppl(world, capsys):
     out, err = capsys.readouterr()
     assert "7.39" in out and "no unigram baseline" in err
     assert {path.name for path in (world.run / "eval").iterdir()} == {"ruler.json", "ruler.png", "ppl.json", "ppl.png"}
+
+
+def test_ppl_of_the_same_tokens_behind_every_length(world, capsys):
+    assert evaluate("ppl", world.run, "--lengths", "128,1x,300,1m", "--last", 50, "--samples", 3, "--name", "same") == 0
+    value = json.loads((world.run / "eval" / "same.json").read_text())
+    assert (value["last"], value["reference"]) == (50, 256)  # the training context
+    assert [item["n"] for item in value["contexts"]] == [150] * 3 and "1048576" in value["left_out"]
+    assert value["contexts"][2]["difference"]["nll"] == 0
+    assert "against 256" in capsys.readouterr().out and (world.run / "eval" / "same.png").exists()
+    for last, message in ((128, "--last is 128: sequences of 128 can score their last 1 to 127"), (0, "--last is 0")):
+        with pytest.raises(RecipeError, match=message):
+            evaluate("ppl", world.run, "--lengths", "128,1x", "--last", last)
 
 
 @pytest.mark.parametrize(

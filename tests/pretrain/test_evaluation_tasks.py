@@ -19,7 +19,7 @@ from pretrain.evaluation import plots, report, retrieval
 from pretrain.evaluation.haystack import Haystack
 from pretrain.evaluation.heldout import load_held_out, unigram_counts
 from pretrain.evaluation.niah import needle_accuracy, run_niah
-from pretrain.evaluation.ppl import mean_nll, position_buckets, run_ppl, sequence_starts, unigram_nll
+from pretrain.evaluation.ppl import mean_nll, position_buckets, run_ppl, sequence_ends, sequence_starts, unigram_nll
 from pretrain.evaluation.retrieval import run_task
 from pretrain.evaluation.ruler import SHARED, parse_tasks, run_ruler
 
@@ -252,13 +252,15 @@ class Scorer:
 
     def __init__(self):
         self.shapes = []
+        self.read = []
 
     def reset(self):
         pass
 
-    def score(self, tokens):
+    def score(self, tokens, last=None):
         self.shapes.append(tuple(tokens.shape))
-        p = torch.arange(1, tokens.shape[1], dtype=torch.float32)
+        self.read.append(tokens)
+        p = torch.arange(tokens.shape[1] - last if last else 1, tokens.shape[1], dtype=torch.float32)
         return (1 + 1 / p).expand(len(tokens), -1)
 
 
@@ -279,6 +281,34 @@ def test_perplexity_by_position(tokenizer, hay):
     value = result.to_json()
     assert value["unigram"] is None
     assert value["contexts"][0]["perplexity"] == pytest.approx(math.exp(short.overall.nll))
+
+
+def test_the_same_tokens_behind_every_context(tokenizer, hay):
+    scorer = Scorer()
+    result = run_ppl(scorer, tokenizer, hay, contexts=[64, 256], sequences=5, last=16, reference=256)
+    short, long = (torch.cat([x for x in scorer.read if x.shape[1] == length]) for length in (64, 256))
+    assert short.shape[0] == long.shape[0] == 5 and torch.equal(short, long[:, -64:])
+    ends = sequence_ends(hay.size, 256, 16, 5)
+    assert torch.equal(long, torch.stack([torch.from_numpy(hay[end - 256 : end].astype(np.int64)) for end in ends]))
+    first, second = result.contexts
+    assert (first.overall.n, [(b.start, b.end) for b in first.buckets]) == (80, [(48, 64)])
+    nll = [float((1 + 1 / np.arange(context - 16, context)).mean()) for context in (64, 256)]
+    assert [item.overall.nll for item in result.contexts] == pytest.approx(nll)
+    assert first.difference.nll == pytest.approx(nll[0] - nll[1], rel=1e-4) and second.difference.nll == 0
+    text = sum(len(tokenizer.decode(row[-16:].tolist()).encode()) for row in long)
+    assert first.bits_per_byte == pytest.approx(nll[0] * 80 / math.log(2) / text, rel=1e-5)
+    assert f"{100 * math.expm1(nll[0] - nll[1]):+.1f} % [" in report.ppl_table(result)
+    assert result.to_json()["reference"] == 256
+    assert run_ppl(Scorer(), tokenizer, hay, contexts=[64, 256], last=16, reference=1 << 20).reference == 64
+    for last in (0, 64):
+        with pytest.raises(RecipeError, match=f"--last is {last}: sequences of 64 can score their last 1 to 63"):
+            run_ppl(Scorer(), tokenizer, hay, contexts=[64, 256], last=last)
+
+
+def test_ends_leave_room_for_the_longest_context_and_do_not_overlap():
+    assert sequence_ends(1000, 900, 30, None) == [900, 930, 960, 990]
+    assert sequence_ends(1000, 900, 30, 2) == [900, 960]
+    assert sequence_ends(1000, 1000, 30, None) == [1000]
 
 
 def test_contexts_that_do_not_fit_are_left_out_not_repeated(tokenizer, hay):
@@ -381,6 +411,8 @@ def test_pictures_are_drawn(tokenizer, hay, tmp_path, monkeypatch):
     assert picture_width(beyond) < 1.2 * picture_width(near)  # a mark outside the axes would have stretched the page
     text = run_ppl(Scorer(), tokenizer, hay, contexts=[64, 256], unigram_counts=np.ones(tokenizer.vocab_size))
     assert is_picture(plots.perplexity_by_position(text, tmp_path / "ppl.png", model="m", training_context=64))
+    same = run_ppl(Scorer(), tokenizer, hay, contexts=[64, 256], sequences=4, last=16)
+    assert is_picture(plots.perplexity_by_position(same, tmp_path / "same.png", model="m", training_context=64))
     assert not list(tmp_path.glob(".*"))  # nothing half-written stays
 
 

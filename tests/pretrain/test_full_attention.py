@@ -104,6 +104,7 @@ def test_streaming_equals_the_full_forward(window, tmp_path):
         engine = InferenceEngine(model, segment=segment, **settings)
         assert engine.receptive_field == 1 and not engine.upper
         torch.testing.assert_close(engine.score(tokens), expected.float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(engine.score(tokens, 20), expected[:, -20:].float(), rtol=1e-4, atol=1e-4)
         logits = engine.prefill(tokens, [61, 40])
         for step in range(20):
             torch.testing.assert_close(logits[0], full[0, 60 + step].float(), rtol=1e-4, atol=1e-4)

@@ -145,7 +145,12 @@ def test_streaming_equals_the_full_forward(variant, window, hsa_window, top_k):
         stop = min(prompt + 45, 160)  # a window's ring is filled anew, and several chunks end
         streamed += [engine.decode(tokens[:, i]) for i in range(prompt, stop)]
         torch.testing.assert_close(torch.stack(streamed, 1), full[:, prompt - 1 : stop].float(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(engine.score(tokens), nll.view(2, -1).float(), rtol=1e-4, atol=1e-4)
+        expected = nll.view(2, -1).float()
+        torch.testing.assert_close(engine.score(tokens), expected, rtol=1e-4, atol=1e-4)
+        for last in (1, 29, 100, 159):  # only their part of the upper decoder is computed
+            torch.testing.assert_close(engine.score(tokens, last), expected[:, -last:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="the last 1 to 159 can be scored, not 160"):
+        engine.score(tokens, 160)
 
 
 def test_linear_prefill_skips_the_upper_decoder(monkeypatch):
