@@ -485,10 +485,11 @@ def _ppl(args: argparse.Namespace, loaded: Loaded, lengths: list[int]) -> _Outco
         batch=args.batch,
         progress=_say,
     )
+    draw = plots.perplexity_by_position if args.last is None else plots.perplexity_by_context
     return (
         result.to_json(),
         report.ppl_table(result),
-        lambda path: plots.perplexity_by_position(result, path, model=loaded.title, training_context=loaded.context),
+        lambda path: draw(result, path, model=loaded.title, training_context=loaded.context),
     )
 
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from pretrain import metrics_log
 from pretrain.errors import RunDirError
-from pretrain.evaluation.ppl import Mean, PplResult
+from pretrain.evaluation.ppl import PplResult
 from pretrain.evaluation.retrieval import TaskResult
 from pretrain.evaluation.tally import total
 from pretrain.evaluation.units import format_length
@@ -209,8 +209,7 @@ def _mark_training_context(axes, context: int) -> None:
 def perplexity_by_position(
     result: PplResult, path: str | os.PathLike[str], *, model: str, training_context: int | None = None
 ) -> Path:
-    """Perplexity of held-out text over the position (log scale), one line per context, with the unigram model's level;
-    of the same tokens behind every context one line over the contexts.
+    """Perplexity of held-out text over the position (log scale), one line per context, with the unigram model's level.
 
     Shaded: 95 % interval. The dashed line marks the training context.
     """
@@ -218,8 +217,11 @@ def perplexity_by_position(
         figure = Figure(figsize=(7.2, 4.0), layout="constrained")
         axes = figure.add_subplot()
         furthest = max(item.context for item in result.contexts)
-        for number, (label, x, means) in enumerate(_lines_of_perplexity(result)):
+        for number, item in enumerate(result.contexts):
+            means = [b.mean for b in item.buckets if b.end > 16 or len(item.buckets) == 1]
+            x = [math.sqrt(b.start * b.end) for b in item.buckets if b.end > 16 or len(item.buckets) == 1]
             colour = _LINES[number % len(_LINES)]
+            label = f"context {format_length(item.context)}: {item.overall.perplexity:.2f} over all"
             y = [mean.perplexity for mean in means]
             axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
             low = [math.exp(mean.low) if not math.isnan(mean.low) else mean.perplexity for mean in means]
@@ -242,28 +244,56 @@ def perplexity_by_position(
         axes.set_axisbelow(True)
         if training_context is not None and training_context <= furthest:
             _mark_training_context(axes, training_context)
-        axes.set_xlabel("position in the sequence (tokens)" if result.last is None else "context (tokens)")
+        axes.set_xlabel("position in the sequence (tokens)")
         axes.set_ylabel("perplexity")
         tokens = sum(item.overall.n for item in result.contexts)
-        what = "by position" if result.last is None else "of the same text behind every context"
-        figure.suptitle(f"Held-out perplexity {what}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.suptitle("Held-out perplexity by position", x=0.01, ha="left", fontsize=12, fontweight="bold")
         axes.set_title(f"{model} · {tokens:,} scored tokens", fontsize=9, fontweight="normal")
         axes.legend(loc="upper right" if result.unigram_nll is None else "best", fontsize=9)
         return _save(figure, path)
 
 
-def _lines_of_perplexity(result: PplResult) -> list[tuple[str, list[float], list[Mean]]]:
-    """Label, positions and means of every line."""
-    if result.last is not None:
-        contexts = result.contexts
-        label = f"last {result.last} tokens of {contexts[0].sequences} sequences"
-        return [(label, [float(item.context) for item in contexts], [item.overall for item in contexts])]
-    lines = []
-    for item in result.contexts:
-        buckets = [b for b in item.buckets if b.end > 16 or len(item.buckets) == 1]
-        label = f"context {format_length(item.context)}: {item.overall.perplexity:.2f} over all"
-        lines.append((label, [math.sqrt(b.start * b.end) for b in buckets], [b.mean for b in buckets]))
-    return lines
+def perplexity_by_context(
+    result: PplResult, path: str | os.PathLike[str], *, model: str, training_context: int | None = None
+) -> Path:
+    """What every context makes of the same tokens' perplexity, in % of the reference context's (log scale of contexts).
+
+    For a result with ``last``. Shaded: 95 % interval of the differences. The dashed line marks the training context.
+    """
+    differences = [(item.context, item.difference) for item in result.contexts if item.difference is not None]
+    reference = next(item for item in result.contexts if item.context == result.reference)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        x = [context for context, _ in differences]
+        axes.axhline(0, color="#777777", linewidth=1.2)
+        y = [100 * math.expm1(mean.nll) for _, mean in differences]
+        axes.plot(x, y, color=_LINES[0], marker="o", markersize=4, linewidth=1.8)
+        low, high = (
+            [100 * math.expm1(mean.nll if math.isnan(end) else end) for mean, end in ends]
+            for ends in ([(m, m.low) for _, m in differences], [(m, m.high) for _, m in differences])
+        )
+        axes.fill_between(x, low, high, color=_LINES[0], alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_length(round(value))))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %" if value else "0"))
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        if training_context is not None and training_context <= max(x):
+            _mark_training_context(axes, training_context)
+        axes.set_xlabel("context (tokens)")
+        axes.set_ylabel(f"perplexity against {format_length(reference.context)}")
+        figure.suptitle(
+            "The same held-out text behind every context", x=0.01, ha="left", fontsize=12, fontweight="bold"
+        )
+        axes.set_title(
+            f"{model} · last {result.last} tokens of {reference.sequences} sequences, "
+            f"perplexity {reference.overall.perplexity:.2f} at {format_length(reference.context)}",
+            fontsize=9,
+            fontweight="normal",
+        )
+        return _save(figure, path)
 
 
 def training_curve(

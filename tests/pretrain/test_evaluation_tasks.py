@@ -412,7 +412,7 @@ def test_pictures_are_drawn(tokenizer, hay, tmp_path, monkeypatch):
     text = run_ppl(Scorer(), tokenizer, hay, contexts=[64, 256], unigram_counts=np.ones(tokenizer.vocab_size))
     assert is_picture(plots.perplexity_by_position(text, tmp_path / "ppl.png", model="m", training_context=64))
     same = run_ppl(Scorer(), tokenizer, hay, contexts=[64, 256], sequences=4, last=16)
-    assert is_picture(plots.perplexity_by_position(same, tmp_path / "same.png", model="m", training_context=64))
+    assert is_picture(plots.perplexity_by_context(same, tmp_path / "same.png", model="m", training_context=64))
     assert not list(tmp_path.glob(".*"))  # nothing half-written stays
 
 
