@@ -197,10 +197,10 @@ class InferenceEngine:
         losses, likeliest = [], []
         tokens = tokens.to(self.device)
         reading = Reading(tuple(range(tokens.shape[0])))
-        self._reserve(tokens.shape[0], self.chunks(tokens.shape[1]), keep=False)
+        self._reserve(tokens.shape[0], self.chunks(length), keep=False)
         with self._evaluating():
-            for start in range(0, tokens.shape[1] - 1, self.segment):
-                part = tokens[:, start : min(start + self.segment, tokens.shape[1] - 1)]
+            for start in range(0, length - 1, self.segment):
+                part = tokens[:, start : min(start + self.segment, length - 1)]
                 reading, hidden = self._read(reading, part)
                 end, start = start + part.shape[1], max(start, begin)
                 if start >= end:

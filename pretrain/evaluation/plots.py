@@ -6,7 +6,7 @@ is written aside and renamed: it exists whole or not at all.
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from pretrain import metrics_log
 from pretrain.errors import RunDirError
-from pretrain.evaluation.ppl import PplResult
+from pretrain.evaluation.ppl import Mean, PplResult
 from pretrain.evaluation.retrieval import TaskResult
 from pretrain.evaluation.tally import total
 from pretrain.evaluation.units import format_length
@@ -218,15 +218,10 @@ def perplexity_by_position(
         axes = figure.add_subplot()
         furthest = max(item.context for item in result.contexts)
         for number, item in enumerate(result.contexts):
-            means = [b.mean for b in item.buckets if b.end > 16 or len(item.buckets) == 1]
-            x = [math.sqrt(b.start * b.end) for b in item.buckets if b.end > 16 or len(item.buckets) == 1]
-            colour = _LINES[number % len(_LINES)]
+            buckets = [b for b in item.buckets if b.end > 16 or len(item.buckets) == 1]
+            x = [math.sqrt(b.start * b.end) for b in buckets]
             label = f"context {format_length(item.context)}: {item.overall.perplexity:.2f} over all"
-            y = [mean.perplexity for mean in means]
-            axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
-            low = [math.exp(mean.low) if not math.isnan(mean.low) else mean.perplexity for mean in means]
-            high = [math.exp(mean.high) if not math.isnan(mean.high) else mean.perplexity for mean in means]
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            _line_in_band(axes, x, [b.mean for b in buckets], math.exp, _LINES[number % len(_LINES)], label)
         if result.unigram_nll is not None:
             level = math.exp(result.unigram_nll)
             axes.axhline(level, color="#777777", linewidth=1.2)
@@ -234,12 +229,10 @@ def perplexity_by_position(
                 1.0, level, f"unigram {level:.0f} ", transform=axes.get_yaxis_transform(), ha="right", va="bottom",
                 fontsize=9, color="#555555",
             )  # fmt: skip
-        axes.set_xscale("log", base=2)
+        _length_axis(axes)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if str(value)[0] in "235" else ""))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_length(round(value))))
-        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(which="both", axis="y")
         axes.set_axisbelow(True)
         if training_context is not None and training_context <= furthest:
@@ -267,16 +260,8 @@ def perplexity_by_context(
         axes = figure.add_subplot()
         x = [context for context, _ in differences]
         axes.axhline(0, color="#777777", linewidth=1.2)
-        y = [100 * math.expm1(mean.nll) for _, mean in differences]
-        axes.plot(x, y, color=_LINES[0], marker="o", markersize=4, linewidth=1.8)
-        low, high = (
-            [100 * math.expm1(mean.nll if math.isnan(end) else end) for mean, end in ends]
-            for ends in ([(m, m.low) for _, m in differences], [(m, m.high) for _, m in differences])
-        )
-        axes.fill_between(x, low, high, color=_LINES[0], alpha=0.15, linewidth=0)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_length(round(value))))
-        axes.xaxis.set_minor_locator(NullLocator())
+        _line_in_band(axes, x, [mean for _, mean in differences], lambda nats: 100 * math.expm1(nats), _LINES[0])
+        _length_axis(axes)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %" if value else "0"))
         axes.grid(axis="y")
         axes.set_axisbelow(True)
@@ -294,6 +279,23 @@ def perplexity_by_context(
             fontweight="normal",
         )
         return _save(figure, path)
+
+
+def _line_in_band(
+    axes, x: list, means: Sequence[Mean], value: Callable[[float], float], colour: str, label: str | None = None
+) -> None:
+    """A line of value(nats) and its 95 % interval, shaded where there is one."""
+    axes.plot(x, [value(m.nll) for m in means], color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+    low = [value(m.nll if math.isnan(m.low) else m.low) for m in means]
+    high = [value(m.nll if math.isnan(m.high) else m.high) for m in means]
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _length_axis(axes) -> None:
+    """Tokens from left to right on a log scale."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_length(round(value))))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def training_curve(
