@@ -1,4 +1,4 @@
-"""``hsa eval niah | ruler | ppl``: measure a checkpoint, print a table, leave JSON and pictures in RUN/eval."""
+"""``hsa eval``: measure a checkpoint, print a table, leave JSON and pictures in RUN/eval; or join such results."""
 
 import argparse
 import itertools
@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.wordings import VALUES
 from pretrain.errors import RecipeError, RunDirError
-from pretrain.evaluation import lm_eval_adapter
+from pretrain.evaluation import join, lm_eval_adapter
 from pretrain.evaluation.units import format_length, parse_lengths
 
 EXAMPLES = {
@@ -35,11 +35,13 @@ _LENGTH_HELP = "comma-separated tokens: 4096, 4k, 16m (binary), 4x (training con
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the three evaluations to the parser of ``hsa eval``."""
-    kinds = parser.add_subparsers(dest="evaluation", required=True, metavar="{niah,ruler,ppl,lm-eval}")
+    """Add the evaluations to the parser of ``hsa eval``."""
+    kinds = parser.add_subparsers(dest="evaluation", required=True, metavar="{niah,ruler,ppl,lm-eval,join}")
     harness = kinds.add_parser("lm-eval", help=_LM_EVAL, description=_LM_EVAL, epilog=f"example: {EXAMPLES['lm-eval']}")
     add_model_arguments(harness)
     lm_eval_adapter.add_arguments(harness)
+    several = kinds.add_parser("join", help=join.HELP, description=join.HELP, epilog=f"example: {join.EXAMPLE}")
+    join.add_arguments(several)
     for kind, help_ in _HELP.items():
         one = kinds.add_parser(
             kind,
@@ -279,6 +281,8 @@ def main(args: argparse.Namespace) -> int:
     """Run one evaluation; RecipeError, RunDirError and DataError for what the user can repair."""
     if args.evaluation == "lm-eval":
         return lm_eval_adapter.main(args)
+    if args.evaluation == "join":
+        return join.main(args)
     for name in ("samples", "batch", "depths", "haystacks", "last"):
         value = getattr(args, name, None)
         if value is not None and value < 1:

@@ -1,7 +1,7 @@
 """Results as tables for people, JSON files for programs, and pictures in the tracking store."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pretrain.evaluation.ppl import Mean, PplResult
@@ -36,6 +36,25 @@ def ruler_table(result: RulerResult) -> str:
         rows.append([task.task, *(f"{_percent(t)} {_interval(t)}" for t in task.by_length().values())])
     head = f"exact answers in %, n = {results[0].samples} per cell, {results[0].templates} wording"
     return _table(rows, head, _repeats(results[0]))
+
+
+def joined_table(trainings: Mapping[str, Mapping[str, TaskResult]], joined: Mapping[str, TaskResult]) -> str:
+    """Accuracy in % by length: per task a row for every training, one for all questions, one for their 95 % interval.
+
+    trainings: results by training, then by task; joined: all of them by task.
+    """
+    first = next(iter(joined.values()))
+    rows = [["task", "training", "n", *map(format_length, first.lengths)]]
+    for task, result in joined.items():
+        totals = result.by_length()
+        each = {name: tasks[task].by_length() for name, tasks in trainings.items()}
+        for name, tallies in {**each, "all": totals}.items():
+            counts = sorted({tally.n for tally in tallies.values()})
+            count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+            rows.append([task, name, count, *map(_percent, tallies.values())])
+            task = ""
+        rows.append(["", "95 %", "", *map(_interval, totals.values())])
+    return _table(rows, f"exact answers in %, {first.templates} wording", _repeats(first))
 
 
 def ppl_table(result: PplResult) -> str:
