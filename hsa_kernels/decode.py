@@ -44,7 +44,15 @@ def supports_attend(q: Tensor, k: Tensor, v: Tensor, columns: int, chunk_size: i
     return None
 
 
-def select(q_select: Tensor, landmarks: Tensor, visible: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
+def select(
+    q_select: Tensor,
+    landmarks: Tensor,
+    visible: Tensor,
+    *,
+    top_k: int,
+    decay: Tensor | None = None,
+    reach: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Ids (B, Hr, KP) int32 and weights (B, Hr, KP) float32, KP the power of two from top_k on; -1 and 0 behind the
     chosen ones.
 
@@ -68,9 +76,12 @@ def select(q_select: Tensor, landmarks: Tensor, visible: Tensor, *, top_k: int) 
     count, bound = scratch(rows, dtype=torch.int32), scratch(rows, dtype=torch.int32)
     cand_id, cand_score = scratch(rows, _CAPACITY, dtype=torch.int32), scratch(rows, _CAPACITY)
     ids, weights = scratch(batch, heads, padded, dtype=torch.int32), scratch(batch, heads, padded)
+    falls = q_select if decay is None else decay
     kernels.scan_kernel[(triton.cdiv(capacity, block), rows)](
-        q_select, landmarks, visible, scores, maxima, count, 1.0 / math.sqrt(dim), capacity, groups,
-        *q_select.stride(), *landmarks.stride(), HEADS=heads, DR=dim, BD=min(dim, 128), BLOCK=block, GROUP=group,
+        q_select, landmarks, falls, visible, scores, maxima, count,
+        1.0 / math.sqrt(dim), 1.0 / reach, capacity, groups,
+        *q_select.stride(), *landmarks.stride(), *falls.stride()[:2],
+        DECAY=decay is not None, HEADS=heads, DR=dim, BD=min(dim, 128), BLOCK=block, GROUP=group,
     )  # fmt: skip
     kernels.bound_kernel[(rows,)](
         maxima, bound, groups, TOPK=top_k, GROUPS=triton.next_power_of_2(groups), num_warps=8 if groups > 1024 else 4

@@ -107,6 +107,8 @@ def select_chunks(
     documents: Tensor | None = None,
     exclude_window: int = 0,
     noise: Tensor | None = None,
+    decay: Tensor | None = None,
+    reach: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Top-k chunks per token and their differentiable scores; rules in `reference.select_chunks`."""
@@ -119,8 +121,10 @@ def select_chunks(
     if _use_kernels(backend, "select_chunks", q.device.type, reason):
         from hsa_kernels.triton import register
 
-        check_selection_shapes(q, landmarks, documents, top_k, chunk_size, query_offset)
-        return register.select_op(q, landmarks, documents, noise, top_k, chunk_size, query_offset, exclude_window)
+        check_selection_shapes(q, landmarks, documents, top_k, chunk_size, query_offset, decay, reach)
+        return register.select_op(
+            q, landmarks, documents, noise, decay, top_k, chunk_size, query_offset, exclude_window, reach
+        )
     return reference.select_chunks(
         q,
         landmarks,
@@ -130,18 +134,28 @@ def select_chunks(
         documents=documents,
         exclude_window=exclude_window,
         noise=noise,
+        decay=decay,
+        reach=reach,
     )
 
 
 def hsa_decode_select(
-    q_select: Tensor, landmarks: Tensor, visible: Tensor, *, top_k: int, backend: str = "auto"
+    q_select: Tensor,
+    landmarks: Tensor,
+    visible: Tensor,
+    *,
+    top_k: int,
+    decay: Tensor | None = None,
+    reach: float = 1.0,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The chunks one new token per sequence reads: ids (B, Hr, K) int32, ascending, and weights (B, Hr, K), their
     softmaxed scores, without gradients.
 
     q_select (B, Hr, Dr); landmarks (B, C, Hr, Dr), a cache of any capacity C; visible (B,) int32 on the device: chunks
-    0..visible-1 may be chosen. K is top_k or more (the kernels' next power of two); -1 and weight 0 fill it up. Only
-    shapes decide what is launched: a CUDA graph of the call serves a context that grows up to C.
+    0..visible-1 may be chosen. decay (B, Hr) takes decay * ln(n / reach) off the score of a chunk n > reach chunks
+    back, the last visible one being one chunk back. K is top_k or more (the kernels' next power of two); -1 and weight
+    0 fill it up. Only shapes decide what is launched: a CUDA graph of the call serves a context that grows up to C.
     """
 
     def reason() -> str | None:
@@ -152,8 +166,8 @@ def hsa_decode_select(
     if _use_kernels(backend, "hsa_decode_select", q_select.device.type, reason):
         from hsa_kernels import decode
 
-        return decode.select(q_select, landmarks, visible, top_k=top_k)
-    return reference.hsa_decode_select(q_select, landmarks, visible, top_k=top_k)
+        return decode.select(q_select, landmarks, visible, top_k=top_k, decay=decay, reach=reach)
+    return reference.hsa_decode_select(q_select, landmarks, visible, top_k=top_k, decay=decay, reach=reach)
 
 
 def hsa_decode_attend(

@@ -193,6 +193,8 @@ def select_chunks(
     documents: Tensor | None = None,
     exclude_window: int = 0,
     noise: Tensor | None = None,
+    decay: Tensor | None = None,
+    reach: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Choose the top_k best chunks of every token.
 
@@ -202,14 +204,15 @@ def select_chunks(
     exclude_window in tokens: chunks whose every token lies inside the last exclude_window tokens of the query, the
     window counting the token itself, are not visible either: i is excluded when i * chunk_size > p - exclude_window.
 
-    Score = q . landmark / sqrt(Dr), in fp32 (fp64 for fp64 inputs). noise, broadcastable to (B, L, Hr, C), is added
-    for the choice only. Of equal scores the lower chunk id wins.
+    Score = q . landmark / sqrt(Dr), in fp32 (fp64 for fp64 inputs). decay (B, L, Hr), 0 or more, takes decay *
+    ln(n / reach) off the score of a chunk that lies n > reach chunks back. noise, broadcastable to (B, L, Hr, C), is
+    added for the choice only. Of equal scores the lower chunk id wins.
 
     Returns indices (B, L, Hr, top_k) int32, ascending, -1 last where fewer are visible (also when top_k > C), and
-    scores (B, L, Hr, top_k) without the noise, differentiable in q and landmarks. Where the index is -1 the score is
-    the lowest finite number, without gradient: `selection_weights` turns it into 0.
+    scores (B, L, Hr, top_k) without the noise, differentiable in q, landmarks and decay. Where the index is -1 the
+    score is the lowest finite number, without gradient: `selection_weights` turns it into 0.
     """
-    check_selection_shapes(q, landmarks, documents, top_k, chunk_size, query_offset)
+    check_selection_shapes(q, landmarks, documents, top_k, chunk_size, query_offset, decay, reach)
     batch, length, heads, dim = q.shape
     chunks = landmarks.shape[1]
     dtype = _compute_dtype(q)
@@ -224,6 +227,10 @@ def select_chunks(
         # Scaling q, not the scores, keeps L x C work to one matmul and one gather.
         qh = (q[:, start:stop].to(dtype) * scale).transpose(1, 2)  # (B, Hr, T, Dr)
         scores = torch.matmul(qh, lm).transpose(1, 2)  # (B, T, Hr, C)
+        if decay is not None:
+            position = torch.arange(start, stop, device=q.device) + query_offset
+            far = log_distance(position[:, None], torch.arange(chunks, device=q.device), chunk_size, reach)
+            scores = scores - decay[:, start:stop, :, None].to(dtype) * far[:, None].to(dtype)
         with torch.no_grad():
             seen = visible_chunks(
                 start, stop, chunks, chunk_size, query_offset, documents, chunk_docs, exclude_window, q
@@ -236,6 +243,11 @@ def select_chunks(
         ids_parts.append(torch.where(ids < chunks, ids, -1).to(torch.int32))
         score_parts.append(picked)
     return torch.cat(ids_parts, 1), torch.cat(score_parts, 1)
+
+
+def log_distance(position: Tensor, chunk: Tensor, chunk_size: int, reach: float) -> Tensor:
+    """ln(n / reach) of chunks n chunks before positions, 0 up to reach; fp32, of the shape the two broadcast to."""
+    return ((position // chunk_size - chunk).float() / reach).clamp(min=1.0).log()
 
 
 def _gather_scores(scores: Tensor, ids: Tensor, top_k: int) -> Tensor:
@@ -314,13 +326,26 @@ def selection_weights(scores: Tensor, indices: Tensor) -> Tensor:
     return e / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def hsa_decode_select(q_select: Tensor, landmarks: Tensor, visible: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
+def hsa_decode_select(
+    q_select: Tensor,
+    landmarks: Tensor,
+    visible: Tensor,
+    *,
+    top_k: int,
+    decay: Tensor | None = None,
+    reach: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Chosen ids and their weights (B, Hr, top_k); shapes in `ops.hsa_decode_select`."""
     dtype = _compute_dtype(q_select)
     scale = 1.0 / math.sqrt(q_select.shape[-1])
     scores = torch.matmul(landmarks.to(dtype).transpose(1, 2), (q_select.to(dtype) * scale)[..., None])[..., 0]
+    column = torch.arange(landmarks.shape[1], device=q_select.device)
     chunks = landmarks.shape[1]
-    seen = torch.arange(chunks, device=q_select.device) < visible[:, None]
+    seen = column < visible[:, None]
+    if decay is not None:
+        scores = scores - decay[..., None].to(dtype) * log_distance(visible[:, None], column, 1, reach)[:, None].to(
+            dtype
+        )
     ids = _top_ids(scores, seen[:, None], top_k)
     picked = _gather_scores(scores, ids, top_k)
     ids = torch.where(ids < chunks, ids, -1).to(torch.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -42,17 +43,21 @@ def select(
     landmarks: Tensor,
     documents: Tensor | None,
     noise: Tensor | None,
+    decay: Tensor | None,
     *,
     top_k: int,
     chunk_size: int,
     query_offset: int,
     exclude_window: int,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
     """Indices (B, L, Hr, top_k) int32 and scores float32; rules in `reference.select_chunks`."""
-    where = {"chunk_size": chunk_size, "query_offset": query_offset, "exclude_window": exclude_window}
+    where: dict[str, Any] = {
+        "chunk_size": chunk_size, "query_offset": query_offset, "exclude_window": exclude_window, "reach": reach
+    }  # fmt: skip
     if noise is not None or top_k > _SCAN_TOP_K or top_k >= landmarks.shape[1]:
-        return select_blocks(q, landmarks, documents, noise, top_k=top_k, **where)
-    return select_scan(q, landmarks, documents, top_k=top_k, **where)
+        return select_blocks(q, landmarks, documents, noise, decay, top_k=top_k, **where)
+    return select_scan(q, landmarks, documents, decay, top_k=top_k, **where)
 
 
 def select_blocks(
@@ -60,11 +65,13 @@ def select_blocks(
     landmarks: Tensor,
     documents: Tensor | None,
     noise: Tensor | None,
+    decay: Tensor | None,
     *,
     top_k: int,
     chunk_size: int,
     query_offset: int,
     exclude_window: int,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
     """Selection of many chunks, of all visible ones, or with noise: plain torch, a block of queries at a time."""
     batch, length, heads, dim = q.shape
@@ -83,6 +90,10 @@ def select_blocks(
             begin, end, chunks, chunk_size, query_offset, documents, docs, exclude_window, q
         )[:, :, None]
         part = torch.matmul((q[:, begin:end].float() * (1.0 / math.sqrt(dim))).transpose(1, 2), lm).transpose(1, 2)
+        if decay is not None:
+            position = torch.arange(begin, end, device=q.device)[:, None] + query_offset
+            far = reference.log_distance(position, column, chunk_size, reach)
+            part = part - decay[:, begin:end, :, None].float() * far[:, None]
         if top_k >= chunks and documents is None and exclude_window == 0:  # a prefix: nothing moves
             ids[:, begin:end, :, :chunks] = torch.where(seen, column.int(), -1)
             scores[:, begin:end, :, :chunks] = part.masked_fill_(~seen, lowest)
@@ -112,11 +123,13 @@ def select_scan(
     q: Tensor,
     landmarks: Tensor,
     documents: Tensor | None,
+    decay: Tensor | None,
     *,
     top_k: int,
     chunk_size: int,
     query_offset: int,
     exclude_window: int,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
     """Selection by kernels that store candidates only."""
     batch, length, heads, dim = q.shape
@@ -142,12 +155,14 @@ def select_scan(
         cand_id = torch.empty(batch * heads, n, capacity, dtype=torch.int32, device=device)
         cand_score = torch.empty(batch * heads, n, capacity, dtype=torch.float32, device=device)
         count = torch.empty(batch * heads, n, dtype=torch.int32, device=device)
+        falls = part if decay is None else decay[:, begin : begin + n]
         select_kernels.candidates_kernel[(triton.cdiv(n, rows), batch * heads)](
-            part, landmarks, docs, chunk_docs, cand_id, cand_score, count,
-            1.0 / math.sqrt(dim), n, chunks, query_offset + begin, exclude_window, keys,
-            *part.stride(), *landmarks.stride(),
+            part, landmarks, falls, docs, chunk_docs, cand_id, cand_score, count,
+            1.0 / math.sqrt(dim), 1.0 / reach, n, chunks, query_offset + begin, exclude_window, keys,
+            *part.stride(), *landmarks.stride(), *falls.stride()[:3],
             HEADS=heads, S=chunk_size, DR=dim, BD=block_d, BM=rows, BN=classes, TOPK=top_k, CAP=capacity,
-            DOCUMENTS=documents is not None, PRECISION=precision(q.dtype), num_warps=8, num_stages=2,
+            DECAY=decay is not None, DOCUMENTS=documents is not None, PRECISION=precision(q.dtype),
+            num_warps=8, num_stages=2,
         )  # fmt: skip
         whole = n == length
         out_ids = ids if whole else torch.empty(batch, n, heads, top_k, dtype=torch.int32, device=device)

@@ -23,7 +23,14 @@ def check_hsa_shapes(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, indices: 
 
 
 def check_selection_shapes(
-    q: Tensor, landmarks: Tensor, documents: Tensor | None, top_k: int, chunk_size: int, query_offset: int
+    q: Tensor,
+    landmarks: Tensor,
+    documents: Tensor | None,
+    top_k: int,
+    chunk_size: int,
+    query_offset: int,
+    decay: Tensor | None = None,
+    reach: float = 1.0,
 ) -> None:
     """Raise ValueError naming what does not fit."""
     if q.dim() != 4 or landmarks.dim() != 4 or q.shape[0] != landmarks.shape[0] or q.shape[2:] != landmarks.shape[2:]:
@@ -34,6 +41,8 @@ def check_selection_shapes(
         raise ValueError(
             f"select_chunks: top_k {top_k}, chunk_size {chunk_size} >= 1, query_offset {query_offset} >= 0"
         )
+    if decay is not None and (decay.shape != q.shape[:3] or not reach > 0):
+        raise ValueError(f"select_chunks: decay {tuple(decay.shape)} must be {tuple(q.shape[:3])}, reach {reach} > 0")
     if documents is not None and (documents.dim() != 2 or documents.shape[1] < query_offset + q.shape[1]):
         raise ValueError(
             f"select_chunks: documents {tuple(documents.shape)} must be (B, Lkey) and reach the last query position "

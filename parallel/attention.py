@@ -27,7 +27,7 @@ from parallel.model_config import ModelConfig
 from parallel.neighbours import in_text, with_neighbours
 from parallel.norm import RMSNorm
 from parallel.positions import absolute_angles
-from parallel.selection import select_chunks
+from parallel.selection import Decay, select_chunks
 from parallel.shared_memory import SharedMemory
 from parallel.tensor import HeadLinear, whole_sequence
 
@@ -42,6 +42,8 @@ class AttentionSchedule:
     neighbours: so many of a token's best chunks bring the chunks beside them (`with_neighbours`); for reading only.
     retrieval_temperature: scores of chunks are divided by it before their softmax; for reading only. Which chunks are
     chosen does not depend on it, how much the best of them weighs does.
+    distance_decay, decay_from: scores of chunks n > decay_from tokens back fall by distance_decay * ln(n / decay_from);
+    for reading texts longer than those of the training, whose chunks are more than a token had to choose among.
     balance_selection: share chunk selection out evenly over context-parallel ranks; None: where it pays.
     """
 
@@ -50,6 +52,8 @@ class AttentionSchedule:
     top_k: int | None = None
     neighbours: int = 0
     retrieval_temperature: float = 1.0
+    distance_decay: float = 0.0
+    decay_from: int = 0
     balance_selection: bool | None = None
 
 
@@ -210,6 +214,16 @@ class HierarchicalSparseAttention(MegatronModule):
             retrieval = retrieval / self.schedule.retrieval_temperature
         return q, retrieval
 
+    def decay(self) -> Decay | None:
+        """How scores fall with the distance, or None."""
+        schedule = self.schedule
+        if not schedule.distance_decay:
+            return None
+        # Scores are divided by the temperature, so what is taken off them is, too.
+        return Decay(
+            schedule.distance_decay / schedule.retrieval_temperature, schedule.decay_from / self.model.chunk_size
+        )
+
     def weights(self, scores: Tensor, indices: Tensor) -> Tensor:
         """Weights (..., K) of chosen chunks from their scores, or the logarithms of weights: indices ascend, -1 = none.
 
@@ -258,6 +272,7 @@ class HierarchicalSparseAttention(MegatronModule):
                 top_k=self.schedule.top_k,
                 neighbours=self.schedule.neighbours,
                 query_offset=query_offset,
+                decay=self.decay(),
                 weigh=self.weights if self.recency is not None else None,
             )
             return self.linear_proj(out.transpose(0, 1).flatten(2))[0]
@@ -274,6 +289,7 @@ class HierarchicalSparseAttention(MegatronModule):
                 query_offset=query_offset,
                 documents=documents,
                 noise=self._noise(retrieval, read.chunks),
+                decay=self.decay(),
             )
             weights = self.weights(scores, indices)
             if self.schedule.neighbours:

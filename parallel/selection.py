@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import bisect
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +67,19 @@ def balancing_pays(*, length: int, ranks: int, chunk_size: int, top_k: int, retr
     return saved > count * (8 * top_k + 4 * retrieval_size) / _BYTES_PER_SECOND
 
 
+@dataclass(frozen=True)
+class Decay:
+    """Scores of chunks n > reach chunks back fall by amount * ln(n / reach)."""
+
+    amount: float
+    reach: float
+
+    def arguments(self, queries: Tensor) -> dict[str, Any]:
+        """Of the selection operators, for retrieval queries (..., Hr, Dr)."""
+        decay = torch.full((), self.amount, dtype=torch.float32, device=queries.device)
+        return {"decay": decay.expand(queries.shape[:-1]), "reach": self.reach}
+
+
 def select_chunks(
     queries: Tensor,
     landmarks: Tensor,
@@ -76,6 +91,7 @@ def select_chunks(
     query_offset: int,
     documents: Tensor | None,
     noise: Tensor | None = None,
+    decay: Decay | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ops.select_chunks` for this rank's queries (L, B, Hr, Dr), with `balance` shared out over the ranks of `group`
     (None: where it pays). landmarks (B, C, Hr, Dr) and documents (B, keys) are those of the whole sequence. noise: for
@@ -92,6 +108,7 @@ def select_chunks(
             query_offset=offset,
             documents=documents,
             noise=noise,
+            **({} if decay is None else decay.arguments(x.transpose(0, 1))),
         )
 
     length = queries.shape[0]

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from hsa_kernels import ops
+from hsa_kernels.reference import log_distance
 from parallel.memory import ContextMemory
 from parallel.neighbours import with_neighbours
+from parallel.selection import Decay
 
 _MOST_CANDIDATES = 128  # what the selection kernel can list
 _FEW_ROWS = 256  # up to so many queries plain matrix products are faster than the kernel
@@ -86,20 +88,25 @@ class SharedMemory:
         top_k: int | None,
         neighbours: int = 0,
         query_offset: int,
+        decay: Decay | None = None,
         weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """HSA of all prompts: q (B, L, Hq, D), retrieval (B, L, Hr, Dr) fp32 of tokens query_offset .. -> like q.
 
-        neighbours: so many of the best chunks bring the chunks beside them (`with_neighbours`). weigh: weights of
-        chosen chunks from their scores and ids, both in the order of the text; None: softmax.
+        neighbours: so many of the best chunks bring the chunks beside them (`with_neighbours`). decay: of scores with
+        the distance in the text. weigh: weights of chosen chunks from their scores and ids, both in the order of the
+        text; None: softmax.
         """
         batch, length = q.shape[:2]
-        ids, scores = self._candidates(retrieval, top_k)
+        ids, scores = self._candidates(retrieval, top_k, query_offset, decay)
         size = self.numbers.shape[1]
         now = (torch.arange(length, device=q.device) + query_offset) // self.chunk_size
         if size:
             own = torch.einsum("blhd,bchd->blhc", retrieval, self.own) / math.sqrt(retrieval.shape[-1])
             visible = (self.numbers >= 0)[:, None] & (self.numbers[:, None] < now[None, :, None])
+            if decay is not None:
+                far = log_distance(now[None, :, None], self.numbers[:, None], 1, decay.reach)
+                own = own - decay.amount * far[:, :, None]
             own = own.masked_fill(~visible[:, :, None], -math.inf)
             first = self.capacity + torch.arange(batch * size, device=q.device).view(batch, 1, 1, size)
             ids = torch.cat((ids, first.expand(-1, length, ids.shape[2], -1)), dim=-1)
@@ -144,30 +151,35 @@ class SharedMemory:
             found = torch.where(own, first + slots.gather(1, at), found)
         return found.view(ids.shape)
 
-    def _candidates(self, retrieval: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
+    def _candidates(
+        self, retrieval: Tensor, top_k: int | None, query_offset: int, decay: Decay | None
+    ) -> tuple[Tensor, Tensor]:
         """Ids int64 and scores (B, L, Hr, n) of shared chunks that hold the best ones, -inf where replaced."""
         batch, length, heads, _ = retrieval.shape
         wanted = min(top_k or self.shared, self.shared)
         hidden = int(self.replaced.sum(1).max()) if self.replaced.numel() else 0
         listed = min(wanted + hidden, _MOST_CANDIDATES)
         if batch * length <= _FEW_ROWS or listed >= self.shared or not retrieval.is_cuda:
-            return self._plain(retrieval, wanted)
-        ids, scores = ops.select_chunks(
-            retrieval.flatten(0, 1)[None],
-            self.landmarks[:, : self.shared],
-            top_k=listed,
-            chunk_size=self.chunk_size,
-            query_offset=self.shared * self.chunk_size,  # all of them lie in the past
-        )
+            return self._plain(retrieval, wanted, query_offset, decay)
+        landmarks, options = self.landmarks[:, : self.shared], {"top_k": listed, "chunk_size": self.chunk_size}
+        if decay is None:  # all prompts are one: all chunks lie in the past, no matter how far
+            past = self.shared * self.chunk_size
+            ids, scores = ops.select_chunks(retrieval.flatten(0, 1)[None], landmarks, query_offset=past, **options)
+        else:
+            landmarks = landmarks.expand(batch, -1, -1, -1)
+            options |= decay.arguments(retrieval)
+            ids, scores = ops.select_chunks(retrieval, landmarks, query_offset=query_offset, **options)
         ids = ids.view(batch, length, heads, listed).long()
         prompt = torch.arange(batch, device=ids.device)[:, None, None, None]
         gone = self.replaced[prompt, ids]
         scores = scores.view(ids.shape).masked_fill(gone, -math.inf)
         if wanted + hidden > listed and bool(((~gone).sum(-1) < wanted).any()):
-            return self._plain(retrieval, wanted)  # more of the best were replaced than could be listed
+            return self._plain(
+                retrieval, wanted, query_offset, decay
+            )  # more of the best were replaced than could be listed
         return ids, scores
 
-    def _plain(self, retrieval: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    def _plain(self, retrieval: Tensor, wanted: int, query_offset: int, decay: Decay | None) -> tuple[Tensor, Tensor]:
         """`_candidates` by whole score matrices, some tokens at a time."""
         batch, length, heads, dim = retrieval.shape
         if not wanted:
@@ -175,11 +187,16 @@ class SharedMemory:
             return torch.zeros(shape, dtype=torch.int64, device=retrieval.device), retrieval.new_zeros(shape)
         landmarks = self.landmarks[0, : self.shared].permute(1, 2, 0)  # (Hr, Dr, C)
         step = max(1, _SCORE_BYTES // (4 * batch * heads * self.shared))
-        parts = []
-        for part in retrieval.split(step, dim=1):
+        parts, number = [], torch.arange(self.shared, device=retrieval.device)
+        for start, part in zip(range(0, length, step), retrieval.split(step, dim=1), strict=True):
             # One product per head: a batch of products would copy the landmarks for every prompt.
             rows = part.permute(2, 0, 1, 3).flatten(1, 2)
             scores = torch.matmul(rows, landmarks).unflatten(1, part.shape[:2]).permute(1, 2, 0, 3)
-            scores = (scores / math.sqrt(dim)).masked_fill_(self.replaced[:, None, None], -math.inf)
+            scores = scores / math.sqrt(dim)
+            if decay is not None:
+                position = torch.arange(start, start + part.shape[1], device=retrieval.device) + query_offset
+                far = log_distance(position[:, None], number, self.chunk_size, decay.reach)
+                scores = scores - decay.amount * far[:, None]
+            scores = scores.masked_fill_(self.replaced[:, None, None], -math.inf)
             parts.append(scores.topk(wanted, dim=-1))
         return torch.cat([p.indices for p in parts], 1), torch.cat([p.values for p in parts], 1)

@@ -21,7 +21,8 @@ from pretrain.model import HSAModel
 from pretrain.new_folder import whole_folder
 
 FORMAT = 1
-_DEFAULTS = {"neighbours": 0, "retrieval_temperature": 1.0}  # of contexts that were saved before these settings
+# Of contexts that were saved before these settings.
+_DEFAULTS = {"neighbours": 0, "retrieval_temperature": 1.0, "distance_decay": 0.0}
 _SAMPLES = 64  # numbers of every parameter that enter the fingerprint
 
 
@@ -41,7 +42,8 @@ def _belongs_to(engine: InferenceEngine, tokenizer_fingerprint: str) -> dict[str
         "format": FORMAT,
         "model": model_fingerprint(engine.model),
         "tokenizer": tokenizer_fingerprint,
-        **engine.settings,
+        # What distances fall from is a matter of the weights.
+        **{name: value for name, value in engine.settings.items() if name != "decay_from"},
         "fp8": engine.placement.fp8,
     }
 

@@ -14,6 +14,7 @@ from hsa_kernels import ops
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
 from parallel.neighbours import in_text, with_neighbours
+from parallel.selection import Decay
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
@@ -125,16 +126,19 @@ class ContextStore:
         visible: Tensor,
         top_k: int | None,
         neighbours: int = 0,
+        *,
+        decay: Decay | None = None,
         weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """HSA of one new token per sequence: q (B, Hq, D), retrieval (B, Hr, Dr), visible (B,) int32 chunks.
-        neighbours: so many of the best chunks bring the chunks beside them. weigh: weights from logarithms of the usual
-        ones and ids in ascending order.
+        neighbours: so many of the best chunks bring the chunks beside them. decay: of scores with the distance. weigh:
+        weights from logarithms of the usual ones and ids in ascending order.
 
         Shapes alone decide what is launched, unless keys and values lie in host memory.
         """
         wanted = min(top_k or self.capacity, self.capacity)
-        ids, weights = ops.hsa_decode_select(retrieval, self.landmarks, visible, top_k=wanted)
+        falls = {} if decay is None else decay.arguments(retrieval)
+        ids, weights = ops.hsa_decode_select(retrieval, self.landmarks, visible, top_k=wanted, **falls)
         if weigh is not None:
             weights = weigh(weights.log(), ids)
         if neighbours:

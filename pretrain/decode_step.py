@@ -157,7 +157,9 @@ class DecodeStep:
             hsa = layer.hsa_attention
             q, retrieval = hsa.queries(layer.hsa_layernorm(x), self.position[None])
             weigh = hsa.weights if hsa.recency is not None else None
-            out = self.store.attend(q[0], retrieval[0], visible, self.top_k, self.neighbours, weigh)
+            out = self.store.attend(
+                q[0], retrieval[0], visible, self.top_k, self.neighbours, decay=hsa.decay(), weigh=weigh
+            )
             mlp_input = x + hsa.linear_proj(out.flatten(1)[None])[0]
             if not layer.model.ablations.bypass:
                 x = mlp_input

@@ -53,7 +53,8 @@ class InferenceEngine:
 
     window, hsa_window in tokens; top_k in chunks (None: all visible); neighbours: so many of a token's best chunks
     bring the chunks beside them (`parallel.neighbours`); retrieval_temperature: what scores of chunks are divided by
-    before their softmax; segment: tokens of one sequence per forward pass while a
+    before their softmax; distance_decay: scores of chunks n > decay_from tokens back fall by distance_decay *
+    ln(n / decay_from); segment: tokens of one sequence per forward pass while a
     prompt is read (None: 2048, on CUDA 16384). memory: where the context memory's keys and values lie. frozen: nobody
     trains these weights while the engine lives; then mixtures of experts are computed without asking the device how
     many tokens each expert got, and on CUDA a decode step is one CUDA graph (not with the memory on the host, where the
@@ -69,6 +70,8 @@ class InferenceEngine:
         top_k: int | None,
         neighbours: int = 0,
         retrieval_temperature: float = 1.0,
+        distance_decay: float = 0.0,
+        decay_from: int = 0,
         segment: int | None = None,
         full_prefill: bool = False,
         memory: Placement | None = None,
@@ -83,6 +86,8 @@ class InferenceEngine:
             "top_k": top_k,
             "neighbours": neighbours,
             "retrieval_temperature": retrieval_temperature,
+            "distance_decay": distance_decay,
+            "decay_from": decay_from,
         }
         self.segment = segment or (16384 if self.device.type == "cuda" else 2048)
         if self.segment < 1:

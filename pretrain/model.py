@@ -213,12 +213,16 @@ class HSAModel(LanguageModule):
         top_k: int | None,
         neighbours: int = 0,
         retrieval_temperature: float = 1.0,
+        distance_decay: float = 0.0,
+        decay_from: int = 0,
     ) -> None:
         """What a stage sets: window sizes in tokens, and chunks read by HSA (None: all visible); and what only a reader
-        does, how many of the best chunks bring the chunks beside them and the temperature of their weights.
+        does, how many of the best chunks bring the chunks beside them, the temperature of their weights, and how scores
+        fall with a distance of more than decay_from tokens.
         """
         self.schedule.window, self.schedule.hsa_window, self.schedule.top_k = window, hsa_window, top_k
         self.schedule.neighbours, self.schedule.retrieval_temperature = neighbours, retrieval_temperature
+        self.schedule.distance_decay, self.schedule.decay_from = distance_decay, decay_from
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
         """Called by Megatron's schedules: what the stage before has sent."""

@@ -57,8 +57,10 @@ class SharedPrompt:
         self._angles = self.model.rotary_pos_emb(max(self.segment, self.tail) + self.widest)
 
     def choose(self, **settings: float | None) -> None:
-        """Answer with other ``top_k``, ``neighbours`` or ``retrieval_temperature`` from now on. What was read stays:
-        the memory does not depend on them."""
+        """Answer with other ``top_k``, ``neighbours``, ``retrieval_temperature`` or ``distance_decay`` from now on.
+
+        What was read stays: the memory does not depend on them.
+        """
         self.engine.settings.update(settings)
 
     @torch.no_grad()

@@ -8,15 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hsa_kernels.triton.select_kernels import exact_bar, order
+from hsa_kernels.triton.select_kernels import exact_bar, fall, order
 
 
 @triton.jit
 def scan_kernel(
-    Q, LM, VISIBLE, SCORES, MAXIMA, COUNT,
-    scale, capacity, groups,
+    Q, LM, FALLS, VISIBLE, SCORES, MAXIMA, COUNT,
+    scale, per_reach, capacity, groups,
     stride_qb, stride_qh, stride_qd,
     stride_lb, stride_lc, stride_lh, stride_ld,
+    stride_fb, stride_fh,  # FALLS
+    DECAY: tl.constexpr,
     HEADS: tl.constexpr, DR: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Scores (B * H, capacity) of all visible landmarks and the maximum of every GROUP of them."""
@@ -37,6 +39,9 @@ def scan_kernel(
         lm = tl.load(row + d[None, :] * stride_ld, mask=seen[:, None], other=0.0).to(tl.float32)
         score += tl.sum(lm * q[None, :], 1)
     score = score * scale
+    if DECAY:
+        decay = tl.load(FALLS + b * stride_fb + h * stride_fh).to(tl.float32)
+        score = fall(score, decay, visible - chunk, per_reach)
     tl.store(SCORES + bh * capacity + chunk, score, mask=seen)
     key = tl.where(seen, order(score), -2147483648)
     best = tl.max(tl.reshape(key, (BLOCK // GROUP, GROUP)), 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, library
 
 from hsa_kernels import select as selection
+from hsa_kernels.reference import log_distance
 from hsa_kernels.triton import attention
 
 
@@ -68,10 +69,12 @@ def select_op(
     landmarks: Tensor,
     documents: Tensor | None,
     noise: Tensor | None,
+    decay: Tensor | None,
     top_k: int,
     chunk_size: int,
     query_offset: int,
     exclude_window: int,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
     """select_chunks by kernels; shapes in `reference.select_chunks`."""
     return selection.select(
@@ -79,15 +82,17 @@ def select_op(
         landmarks,
         documents,
         noise,
+        decay,
         top_k=top_k,
         chunk_size=chunk_size,
         query_offset=query_offset,
         exclude_window=exclude_window,
+        reach=reach,
     )
 
 
 @select_op.register_fake
-def _(q, landmarks, documents, noise, top_k, chunk_size, query_offset, exclude_window):
+def _(q, landmarks, documents, noise, decay, top_k, chunk_size, query_offset, exclude_window, reach):
     shape = (*q.shape[:3], top_k)
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
 
@@ -106,14 +111,21 @@ def _(q, landmarks, indices, grad, chunk_size, query_offset):
 
 
 def _save_select(ctx, inputs, output):
-    q, landmarks, _, _, _, ctx.chunk_size, ctx.query_offset, _ = inputs
+    q, landmarks, _, _, decay, _, ctx.chunk_size, ctx.query_offset, _, ctx.reach = inputs
     ctx.save_for_backward(q, landmarks, output[0])
+    ctx.decay_dtype = None if decay is None else decay.dtype
     ctx.mark_non_differentiable(output[0])
 
 
 def _select_gradient(ctx, _, grad):
-    dq, dlm = select_backward_op(*ctx.saved_tensors, grad, ctx.chunk_size, ctx.query_offset)
-    return dq, dlm, None, None, None, None, None, None
+    q, landmarks, ids = ctx.saved_tensors
+    dq, dlm = select_backward_op(q, landmarks, ids, grad, ctx.chunk_size, ctx.query_offset)
+    ddecay = None
+    if ctx.decay_dtype is not None and ctx.needs_input_grad[4]:
+        position = torch.arange(q.shape[1], device=q.device)[:, None, None] + ctx.query_offset
+        far = log_distance(position, ids, ctx.chunk_size, ctx.reach)
+        ddecay = -(far * grad).masked_fill(ids < 0, 0.0).sum(-1).to(ctx.decay_dtype)
+    return dq, dlm, None, None, ddecay, None, None, None, None, None
 
 
 select_op.register_autograd(_select_gradient, setup_context=_save_select)

@@ -52,6 +52,12 @@ def _scores(
 
 
 @triton.jit
+def fall(score, decay, back, per_reach):
+    """Scores less decay * ln(back / reach) where a chunk lies further back than reach chunks."""
+    return score - decay * tl.log(tl.maximum(back.to(tl.float32) * per_reach, 1.0))
+
+
+@triton.jit
 def _visible(column, last, document, CHUNK_DOCS, chunks, DOCUMENTS: tl.constexpr):
     seen = column[None, :] < last[:, None]
     if DOCUMENTS:
@@ -62,15 +68,16 @@ def _visible(column, last, document, CHUNK_DOCS, chunks, DOCUMENTS: tl.constexpr
 
 @triton.jit
 def candidates_kernel(
-    Q, LM, DOCS, CHUNK_DOCS,
+    Q, LM, FALLS, DOCS, CHUNK_DOCS,
     CAND_ID, CAND_SCORE,  # (B * H, length, CAP)
     CAND_COUNT,  # (B * H, length)
-    scale, length, chunks, offset, exclude, keys,
+    scale, per_reach, length, chunks, offset, exclude, keys,
     stride_qb, stride_ql, stride_qh, stride_qd,
     stride_lb, stride_lc, stride_lh, stride_ld,
+    stride_fb, stride_fl, stride_fh,  # FALLS
     HEADS: tl.constexpr, S: tl.constexpr, DR: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TOPK: tl.constexpr, CAP: tl.constexpr,
-    DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b = bh // HEADS
@@ -90,6 +97,11 @@ def candidates_kernel(
     lm_at = LM + b * stride_lb + h * stride_lh + d[None, :] * stride_ld
     q = tl.load(q_at)
     docs_at = CHUNK_DOCS + b * chunks
+    now = (position // S)[:, None]
+    decay = tl.zeros([BM, 1], dtype=tl.float32)
+    if DECAY:
+        falls_at = FALLS + b * stride_fb + h * stride_fh + safe_t[:, None].to(tl.int64) * stride_fl
+        decay = tl.load(falls_at).to(tl.float32)
     document = last
     if DOCUMENTS:
         document = tl.load(DOCS + b * keys + position)
@@ -99,6 +111,8 @@ def candidates_kernel(
     for start in range(0, end, BN):
         at = start + column
         s = _scores(q, q_at, lm_at, at, chunks, stride_lc, stride_qd, stride_ld, scale, BM, BN, DR, BD, PRECISION)
+        if DECAY:
+            s = fall(s, decay, now - at[None, :], per_reach)
         seen = _visible(at, last, document, docs_at, chunks, DOCUMENTS)
         best = tl.maximum(best, tl.where(seen, order(s), -2147483648))
     # A bound needs no low bits.
@@ -110,6 +124,8 @@ def candidates_kernel(
     for start in range(0, end, BN):
         at = start + column
         s = _scores(q, q_at, lm_at, at, chunks, stride_lc, stride_qd, stride_ld, scale, BM, BN, DR, BD, PRECISION)
+        if DECAY:
+            s = fall(s, decay, now - at[None, :], per_reach)
         seen = _visible(at, last, document, docs_at, chunks, DOCUMENTS)
         take = (seen & (order(s) >= bound[:, None])).to(tl.int32)
         place = count[:, None] + tl.cumsum(take, 1) - 1
@@ -127,6 +143,8 @@ def candidates_kernel(
                 at = start + column
                 s = _scores(q, q_at, lm_at, at, chunks, stride_lc, stride_qd, stride_ld, scale, BM, BN, DR, BD,
                             PRECISION)  # fmt: skip
+                if DECAY:
+                    s = fall(s, decay, now - at[None, :], per_reach)
                 seen = _visible(at, last, document, docs_at, chunks, DOCUMENTS)
                 above += tl.sum((seen & (order(s) >= step[:, None])).to(tl.int32), 1)
             exact = tl.where(above >= TOPK, step, exact)
@@ -135,6 +153,8 @@ def candidates_kernel(
         for start in range(0, end, BN):
             at = start + column
             s = _scores(q, q_at, lm_at, at, chunks, stride_lc, stride_qd, stride_ld, scale, BM, BN, DR, BD, PRECISION)
+            if DECAY:
+                s = fall(s, decay, now - at[None, :], per_reach)
             seen = _visible(at, last, document, docs_at, chunks, DOCUMENTS)
             tie = (seen & (order(s) == exact[:, None])).to(tl.int32)
             early = ties[:, None] + tl.cumsum(tie, 1) <= TOPK

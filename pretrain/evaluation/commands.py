@@ -128,6 +128,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, haystacks: bool = Fa
         "texts want (default 1)" + several.format("1,0.5"),
     )
     parser.add_argument(
+        "--distance-decay",
+        metavar="D",
+        help="scores of chunks n tokens back, beyond the training context C, fall by D ln(n / C): reading a long text "
+        "gains, single facts far back lose (default 0)" + several.format("0,0.25"),
+    )
+    parser.add_argument(
         "--full-prefill",
         action="store_true",
         help="run the upper decoder over the whole prompt (slower, for comparison; the result is the same)",
@@ -188,7 +194,9 @@ def load(args: argparse.Namespace) -> Loaded:
     if args.top_k is not None:
         several["top_k"] = _top_ks(args.top_k)
     if args.retrieval_temperature is not None:
-        several["retrieval_temperature"] = _temperatures(args.retrieval_temperature)
+        several["retrieval_temperature"] = _numbers("--retrieval-temperature", args.retrieval_temperature, above=True)
+    if args.distance_decay is not None:
+        several["distance_decay"] = _numbers("--distance-decay", args.distance_decay, above=False)
     for name, values in several.items():
         if len(values) > 1 and not getattr(args, "haystacks", None):
             shared = "add --haystacks, or give one" if hasattr(args, "haystacks") else "give one here"
@@ -236,6 +244,7 @@ def _refuse_memory_options(args: argparse.Namespace) -> None:
         ("top_k", None),
         ("neighbours", 0),
         ("retrieval_temperature", None),
+        ("distance_decay", None),
         ("memory", "device"),
         ("memory_fp8", False),
     ):
@@ -267,13 +276,15 @@ def _top_ks(text: str) -> list[int | None]:
     return list(dict.fromkeys(found))
 
 
-def _temperatures(text: str) -> list[float]:
+def _numbers(option: str, text: str, *, above: bool) -> list[float]:
+    """Finite numbers, above 0 or also 0."""
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or not all(0 < value < math.inf for value in found):
-        raise RecipeError(f"--retrieval-temperature is {text!r}: write a number above 0, such as 0.5")
+    if not found or not all(0 < value < math.inf or (value == 0 and not above) for value in found):
+        least = "a number above 0" if above else "0 or more"
+        raise RecipeError(f"{option} is {text!r}: write {least}, such as 0.5")
     return list(dict.fromkeys(found))
 
 

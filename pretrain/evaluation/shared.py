@@ -29,7 +29,7 @@ _QUESTION = 128  # tokens in front of the end that hold no needles of a haystack
 
 
 Way = Mapping[str, float | None]
-"""Settings of an engine that a text can be asked with once it is read: top_k, retrieval_temperature."""
+"""Settings of an engine that a text can be asked with once it is read: top_k, retrieval_temperature, distance_decay."""
 _Tallies = dict[tuple[str, int], Tally]
 
 
@@ -150,7 +150,7 @@ def run_shared(
 
 def label_of(label: str, settings: Way) -> str:
     """The label of results that were asked for with these of several settings."""
-    words = {"top_k": "top-k", "retrieval_temperature": "temperature"}
+    words = {"top_k": "top-k", "retrieval_temperature": "temperature", "distance_decay": "decay"}
     values = ("full" if value is None else f"{value:g}" for value in settings.values())
     return " ".join([label, *(f"{words[key]} {value}" for key, value in zip(settings, values, strict=True))])
 

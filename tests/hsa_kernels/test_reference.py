@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from hsa_kernels import hsa_attention, reference, select_chunks, selection_weights, sliding_window_attention
+from hsa_kernels import hsa_attention, ops, reference, select_chunks, selection_weights, sliding_window_attention
 
 
 def loop_hsa(q: Tensor, k: Tensor, v: Tensor, w: Tensor, idx: Tensor, size: int, scale: float) -> Tensor:
@@ -226,6 +227,49 @@ def test_selection_gradcheck_through_weights_and_noise_without_gradient():
     assert all(torch.isfinite(x).all() for x in grads) and torch.equal(
         grads[0][:, :2], torch.zeros(1, 2, 2, 3).double()
     )
+
+
+@pytest.mark.parametrize(("offset", "reach", "top_k"), [(0, 1.0, 3), (40, 2.5, 2), (40, 100.0, 4), (7, 0.5, 12)])
+def test_scores_fall_with_the_distance(offset, reach, top_k):
+    """Every score by hand, one token at a time; and its gradients, that of the decay included."""
+    g = torch.Generator().manual_seed(top_k)
+    size, length, chunks = 4, 13, 11
+    q, landmarks = (torch.randn(2, n, 2, 3, generator=g, dtype=torch.float64) for n in (length, chunks))
+    decay = torch.rand(2, length, 2, generator=g, dtype=torch.float64)
+    kwargs = {"top_k": top_k, "chunk_size": size, "query_offset": offset, "reach": reach}
+    ids, scores = select_chunks(q, landmarks, decay=decay, **kwargs)
+    for b, t, h in itertools.product(range(2), range(length), range(2)):
+        now = (offset + t) // size
+        dense = {}
+        for c in range(min(now, chunks)):
+            fall = math.log((now - c) / reach) if now - c > reach else 0.0
+            dense[c] = (q[b, t, h] @ landmarks[b, c, h]).item() / math.sqrt(3) - decay[b, t, h].item() * fall
+        best = sorted(sorted(dense, key=lambda c: -dense[c])[:top_k])
+        assert ids[b, t, h].tolist() == best + [-1] * (top_k - len(best))
+        for place, c in enumerate(best):
+            assert abs(scores[b, t, h, place].item() - dense[c]) < 1e-6
+    wide = [x.requires_grad_() for x in (q, landmarks, decay)]
+
+    def weights(q, landmarks, decay):
+        ids, scores = select_chunks(q, landmarks, decay=decay, **kwargs)
+        return selection_weights(scores, ids)
+
+    assert torch.autograd.gradcheck(weights, wide)
+    no = select_chunks(q, landmarks, decay=torch.zeros_like(decay), **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(no, select_chunks(q, landmarks, **kwargs), strict=True))
+    with pytest.raises(ValueError, match="decay"):
+        select_chunks(q, landmarks, decay=decay[..., 0], **kwargs)
+
+
+def test_the_decode_step_falls_with_the_distance_as_any_token_does():
+    g = torch.Generator().manual_seed(0)
+    q, landmarks, decay = (torch.randn(2, *s, generator=g).abs() for s in ((1, 2, 8), (40, 2, 8), (1, 2)))
+    visible = torch.tensor([40, 40], dtype=torch.int32)
+    ids, weights = ops.hsa_decode_select(q[:, 0], landmarks, visible, top_k=5, decay=decay[:, 0], reach=3.0)
+    want, scores = select_chunks(q, landmarks, top_k=5, chunk_size=4, query_offset=161, decay=decay, reach=3.0)
+    assert torch.equal(ids, want[:, 0])
+    torch.testing.assert_close(weights, selection_weights(scores, want)[:, 0])
+    assert not torch.equal(ids, ops.hsa_decode_select(q[:, 0], landmarks, visible, top_k=5)[0])
 
 
 def test_selection_without_any_chunk():

@@ -240,6 +240,37 @@ def test_selection_by_blocks_equals_the_oracle(monkeypatch, kind):
         assert relative(a, b) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("top_k", "kind"), [(5, "normal"), (5, "documents"), (64, "periodic"), (200, "normal"), (300, "all")]
+)
+def test_selection_with_decay_equals_the_oracle(monkeypatch, top_k, kind):
+    """Scores that fall with the distance: candidates, their overflow, and plain torch by blocks; every gradient."""
+    monkeypatch.setattr(register.selection, "_BLOCK_BYTES", 16 * 300 * 16 * 7)
+    g = torch.Generator().manual_seed(top_k)
+    length, chunks, size, offset = 30, 300, 2, 570
+    q, lm = (torch.randn(2, n, 2, 16, generator=g) for n in (length, chunks))
+    if kind == "periodic":  # high scores in few residue classes: the candidates overflow
+        lm += 40.0 * (torch.arange(chunks) % 128 < 40).float().view(1, -1, 1, 1) * q[:, :1].sign()
+        q = q[:, :1].expand(-1, length, -1, -1) + 0.0
+    inputs = [x.to(DEVICE).requires_grad_() for x in (q, lm, 2 * torch.rand(2, length, 2, generator=g))]
+    kwargs = {"top_k": top_k, "chunk_size": size, "query_offset": offset, "reach": 7.5}
+    if kind == "documents":
+        kwargs["documents"] = (torch.arange(offset + length) // 100).int().expand(2, -1).to(DEVICE)
+    found = {}
+    for backend in ("triton", "reference"):
+        q, lm, decay = inputs
+        ids, scores = select_chunks(q, lm, decay=decay, backend=backend, **kwargs)
+        cot = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        found[backend] = ids, scores, torch.autograd.grad((selection_weights(scores, ids) * cot).sum(), inputs)
+    (ids, scores, got), (want_ids, want, expected) = found["triton"], found["reference"]
+    assert torch.equal(ids, want_ids)
+    if top_k < chunks and kind != "documents":
+        assert not torch.equal(ids, select_chunks(q, lm, backend="triton", **kwargs)[0])
+    torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-5)
+    for a, b in zip(got, expected, strict=True):
+        assert relative(a, b) <= 1e-5
+
+
 def test_selection_in_passes(monkeypatch):
     monkeypatch.setattr(register.selection, "_PASS_BYTES", 0)
     monkeypatch.setattr(register.selection, "_BLOCK_BYTES", 0)
@@ -276,6 +307,19 @@ def test_decode_equals_the_oracle(heads, select_heads, ratio, chunks, top_k, kin
     got = hsa_decode(*args, top_k=top_k, chunk_size=size, softmax_scale=0.3, backend="triton")
     want = hsa_decode(*args, top_k=top_k, chunk_size=size, softmax_scale=0.3, backend="reference")
     assert got.shape == q.shape and relative(got, want) <= 1e-5 and torch.equal(got[2], torch.zeros_like(got[2]))
+
+
+@pytest.mark.parametrize("chunks", [40, 700])
+def test_decode_with_decay_equals_the_oracle(chunks):
+    g = torch.Generator().manual_seed(chunks)
+    q, landmarks = torch.randn(3, 2, 32, generator=g).to(DEVICE), torch.randn(3, chunks, 2, 32, generator=g).to(DEVICE)
+    decay = torch.rand(3, 1, generator=g).to(DEVICE).expand(3, 2)
+    visible = torch.tensor([chunks, 17, 0], dtype=torch.int32, device=DEVICE)
+    ways = {"top_k": 8, "decay": decay, "reach": 4.0}
+    ids, weights = ops.hsa_decode_select(q, landmarks, visible, backend="triton", **ways)
+    want_ids, want = ops.hsa_decode_select(q, landmarks, visible, backend="reference", **ways)
+    assert torch.equal(ids, want_ids) and relative(weights, want) <= 1e-5
+    assert not torch.equal(ids, ops.hsa_decode_select(q, landmarks, visible, top_k=8, backend="triton")[0])
 
 
 @pytest.mark.parametrize(("heads", "ratio", "size"), [(2, 3, 200), (1, 16, 64), (2, 1, 5)])
@@ -334,7 +378,9 @@ def test_operators_pass_torch_checks():
     inputs = [x.requires_grad_() for x in tensors]
     library.opcheck(register.attention_op, (*inputs, idx, 16, 0.25), test_utils=CHECKS)
     q, lm = (torch.randn(1, n, 1, 16, device=DEVICE, requires_grad=True) for n in (5, 9))
-    library.opcheck(register.select_op, (q, lm, None, None, 2, 1, 6, 0), test_utils=CHECKS)
+    decay = torch.rand(1, 5, 1, device=DEVICE, requires_grad=True)
+    library.opcheck(register.select_op, (q, lm, None, None, None, 2, 1, 6, 0, 1.0), test_utils=CHECKS)
+    library.opcheck(register.select_op, (q, lm, None, None, decay, 2, 1, 6, 0, 2.0), test_utils=CHECKS)
 
 
 def test_dispatch_compiles_into_one_graph():

@@ -72,6 +72,7 @@ def test_what_it_does_not_belong_to_is_named(tmp_path):
         (engine_of(), "u", "another tokenizer"),
         (engine_of(top_k=4), "t", r"top_k=3 \(here 4\)"),
         (engine_of(retrieval_temperature=0.5), "t", r"retrieval_temperature=1.0 \(here 0.5\)"),
+        (engine_of(distance_decay=0.5, decay_from=64), "t", r"distance_decay=0.0 \(here 0.5\)"),
         (engine_of(memory=Placement(fp8=True)), "t", "fp8=False"),
     ):
         with pytest.raises(RunDirError, match=message):

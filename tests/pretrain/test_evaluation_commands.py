@@ -170,6 +170,9 @@ def test_ppl_of_the_same_tokens_behind_every_length(world, capsys):
         (["--top-k", "some"], "--top-k is 'some'"),
         (["--retrieval-temperature", "0"], "--retrieval-temperature is '0'"),
         (["--retrieval-temperature", "warm"], "--retrieval-temperature is 'warm'"),
+        (["--distance-decay", "-1"], "--distance-decay is '-1'"),
+        (["--distance-decay", "inf"], "--distance-decay is 'inf': write 0 or more"),
+        (["--distance-decay", "0,0.5"], "--distance-decay: several are asked of texts that"),
         (["--retrieval-temperature", "1,0.5"], "--retrieval-temperature: several are asked of texts that"),
         (["--distance", "9k", "--lengths", "1k"], "too few for a needle 9216 tokens"),
     ],
@@ -243,7 +246,7 @@ def test_generate_stops_at_the_number_of_tokens_and_reads_stdin(world, capsys, m
 def test_generate_takes_one_value_and_names_no_option_that_it_lacks(world, capsys):
     prompt = world.tmp_path / "prompt.txt"
     prompt.write_text(TEXT)
-    for option, values in (("--top-k", "4,8"), ("--retrieval-temperature", "1,0.5")):
+    for option, values in (("--top-k", "4,8"), ("--retrieval-temperature", "1,0.5"), ("--distance-decay", "0,1")):
         with pytest.raises(RecipeError, match=f"{option}: several are asked of texts that questions share: give one"):
             continue_prompt(world.run, "--prompt-file", prompt, option, values)
     with pytest.raises(SystemExit):

@@ -68,6 +68,8 @@ def stream(engine, tokens, prompt, lengths=None):
         (16, 8, 3, {"neighbours": 2}),
         (16, 8, 2, {"neighbours": 7}),
         (9, 21, None, {"retrieval_temperature": 0.25}),
+        (16, 8, 3, {"distance_decay": 1.5, "decay_from": 20, "retrieval_temperature": 0.5}),
+        (9, 21, None, {"distance_decay": 1.5, "decay_from": 8, "neighbours": 2}),
     ],
 )
 def test_the_fixed_size_step_equals_the_full_forward(changes, batch, window, hsa_window, top_k, reading):
@@ -93,6 +95,20 @@ def test_the_lower_the_temperature_the_more_the_best_chunk_weighs():
     torch.testing.assert_close(read(3, 1e-6), best, rtol=1e-9, atol=1e-9)
     assert (read(3, 1.0) - best).abs().max() > 1e-4
     torch.testing.assert_close(read(1, 0.5), best, rtol=1e-9, atol=1e-9)  # what is chosen stays
+
+
+def test_with_a_large_decay_only_what_is_near_is_read():
+    tokens, near = draw(1, 120), 24
+    changed = tokens.clone()
+    changed[:, :40] = draw(1, 40, seed=9)  # further back than the memory's reach and than all windows together
+
+    def read(text, **decay):
+        return stream(engine_of(make(top_k=3), frozen=True, **decay), text, 118)[:, -1]
+
+    far = {"distance_decay": 1e4, "decay_from": near}
+    assert torch.equal(read(tokens, **far), read(changed, **far))
+    assert not torch.equal(read(tokens), read(changed))
+    assert torch.equal(read(tokens, distance_decay=1e4, decay_from=200), read(tokens))  # nothing lies that far back
 
 
 def test_stacking_the_experts_changes_no_weight():

@@ -48,6 +48,8 @@ def draw_edits(rng, length, count):
         dict(window=4, hsa_window=4, top_k=1),
         dict(window=16, hsa_window=8, top_k=3, neighbours=2),
         dict(window=8, hsa_window=16, top_k=4, retrieval_temperature=0.02),
+        dict(window=16, hsa_window=8, top_k=3, distance_decay=3.0, decay_from=24, retrieval_temperature=0.1),
+        dict(window=8, hsa_window=16, top_k=None, distance_decay=3.0, decay_from=24, neighbours=2),
     ],
 )
 @pytest.mark.parametrize("changes", [{}, dict(retrieval_heads=1, swa_in_hsa=False)])
