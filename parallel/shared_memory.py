@@ -174,9 +174,8 @@ class SharedMemory:
         gone = self.replaced[prompt, ids]
         scores = scores.view(ids.shape).masked_fill(gone, -math.inf)
         if wanted + hidden > listed and bool(((~gone).sum(-1) < wanted).any()):
-            return self._plain(
-                retrieval, wanted, query_offset, decay
-            )  # more of the best were replaced than could be listed
+            # More of the best were replaced than could be listed.
+            return self._plain(retrieval, wanted, query_offset, decay)
         return ids, scores
 
     def _plain(self, retrieval: Tensor, wanted: int, query_offset: int, decay: Decay | None) -> tuple[Tensor, Tensor]:

@@ -84,11 +84,11 @@ def join(results: list[Saved]) -> Saved:
     first = results[0]
     if len(results) < 2:
         raise RecipeError("hsa eval join: give two results at least")
-    seen: dict[Path, Path] = {}
+    seen: set[Path] = set()
     for one in results:
         if one.path.resolve() in seen:
             raise RecipeError(f"{one.path} is given twice: its questions would count twice")
-        seen[one.path.resolve()] = one.path
+        seen.add(one.path.resolve())
         for what, here, there in (
             ("the evaluation", one.evaluation, first.evaluation),
             ("settings", one.model.get("settings"), first.model.get("settings")),
