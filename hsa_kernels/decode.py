@@ -50,8 +50,8 @@ def select(
     visible: Tensor,
     *,
     top_k: int,
-    decay: Tensor | None = None,
-    reach: float = 1.0,
+    decay: Tensor | None,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
     """Ids (B, Hr, KP) int32 and weights (B, Hr, KP) float32, KP the power of two from top_k on; -1 and 0 behind the
     chosen ones.

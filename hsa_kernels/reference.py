@@ -339,13 +339,12 @@ def hsa_decode_select(
     dtype = _compute_dtype(q_select)
     scale = 1.0 / math.sqrt(q_select.shape[-1])
     scores = torch.matmul(landmarks.to(dtype).transpose(1, 2), (q_select.to(dtype) * scale)[..., None])[..., 0]
-    column = torch.arange(landmarks.shape[1], device=q_select.device)
     chunks = landmarks.shape[1]
+    column = torch.arange(chunks, device=q_select.device)
     seen = column < visible[:, None]
     if decay is not None:
-        scores = scores - decay[..., None].to(dtype) * log_distance(visible[:, None], column, 1, reach)[:, None].to(
-            dtype
-        )
+        far = log_distance(visible[:, None], column, 1, reach)
+        scores = scores - decay[..., None].to(dtype) * far[:, None].to(dtype)
     ids = _top_ids(scores, seen[:, None], top_k)
     picked = _gather_scores(scores, ids, top_k)
     ids = torch.where(ids < chunks, ids, -1).to(torch.int32)

@@ -52,9 +52,7 @@ def select(
     reach: float,
 ) -> tuple[Tensor, Tensor]:
     """Indices (B, L, Hr, top_k) int32 and scores float32; rules in `reference.select_chunks`."""
-    where: dict[str, Any] = {
-        "chunk_size": chunk_size, "query_offset": query_offset, "exclude_window": exclude_window, "reach": reach
-    }  # fmt: skip
+    where = dict[str, Any](chunk_size=chunk_size, query_offset=query_offset, exclude_window=exclude_window, reach=reach)
     if noise is not None or top_k > _SCAN_TOP_K or top_k >= landmarks.shape[1]:
         return select_blocks(q, landmarks, documents, noise, decay, top_k=top_k, **where)
     return select_scan(q, landmarks, documents, decay, top_k=top_k, **where)

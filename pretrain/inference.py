@@ -54,11 +54,10 @@ class InferenceEngine:
     window, hsa_window in tokens; top_k in chunks (None: all visible); neighbours: so many of a token's best chunks
     bring the chunks beside them (`parallel.neighbours`); retrieval_temperature: what scores of chunks are divided by
     before their softmax; distance_decay: scores of chunks n > decay_from tokens back fall by distance_decay *
-    ln(n / decay_from); segment: tokens of one sequence per forward pass while a
-    prompt is read (None: 2048, on CUDA 16384). memory: where the context memory's keys and values lie. frozen: nobody
-    trains these weights while the engine lives; then mixtures of experts are computed without asking the device how
-    many tokens each expert got, and on CUDA a decode step is one CUDA graph (not with the memory on the host, where the
-    chosen chunks are fetched in between).
+    ln(n / decay_from); segment: tokens of one sequence per forward pass while a prompt is read (None: 2048, on CUDA
+    16384). memory: where the context memory's keys and values lie. frozen: nobody trains these weights while the engine
+    lives; then mixtures of experts are computed without asking the device how many tokens each expert got, and on CUDA
+    a decode step is one CUDA graph (not with the memory on the host, where the chosen chunks are fetched in between).
     """
 
     def __init__(
@@ -92,6 +91,8 @@ class InferenceEngine:
         self.segment = segment or (16384 if self.device.type == "cuda" else 2048)
         if self.segment < 1:
             raise ValueError(f"segment must be at least one token, is {segment}")
+        if distance_decay and decay_from < 1:
+            raise ValueError(f"distance_decay {distance_decay} needs decay_from, the tokens it begins at: {decay_from}")
         self.full_prefill = full_prefill
         self.frozen = frozen
         self.placement = memory or Placement()

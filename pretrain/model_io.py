@@ -82,14 +82,7 @@ def load_for_inference(checkpoint: str | Path, *, device: str = "auto", override
     stage = recipe.stages[max(0, min(index, len(recipe.stages) - 1))]
 
     def engine_factory(**settings: Any) -> InferenceEngine:
-        done = recipe.stages[: recipe.stages.index(stage) + 1]
-        defaults = {
-            "window": stage.window,
-            "hsa_window": stage.hsa_window,
-            "top_k": stage.top_k,
-            "decay_from": max(int(each.context) for each in done),
-            "frozen": True,
-        }
+        defaults = {"window": stage.window, "hsa_window": stage.hsa_window, "top_k": stage.top_k, "frozen": True}
         return InferenceEngine(model, **{**defaults, **settings})
 
     return LoadedModel(model, tokenizer, recipe, engine_factory, position["step"], stage)

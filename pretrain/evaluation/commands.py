@@ -225,10 +225,13 @@ def load(args: argparse.Namespace) -> Loaded:
     names = [stage.name for stage in stages]
     stage = _stage_name(loaded.stage)
     done = stages[: names.index(stage) + 1] if stage in names else stages
+    context = max((int(stage.context) for stage in done), default=None)
+    if args.distance_decay is not None:
+        options["decay_from"] = context
     return Loaded(
         model=loaded,
         engine=loaded.engine_factory(**options),
-        context=max((int(stage.context) for stage in done), default=None),
+        context=context,
         window=int(done[-1].window) if done else None,
         run_dir=run_dir_of(checkpoint),
         ways=ways,

@@ -21,6 +21,8 @@ from pretrain.run_dir import read_json
 HELP = "Join the results of several trainings, such as three seeds of a recipe: tables, JSON, one picture."
 EXAMPLE = "hsa eval join runs/seed0/eval/niah.json runs/seed1/eval/niah.json runs/seed2/eval/niah.json --out seeds"
 
+_TOGETHER = "together"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``hsa eval join``."""
@@ -36,8 +38,7 @@ class Saved:
     path: Path
     evaluation: str
     model: Mapping[str, Any]
-    tasks: dict[str, TaskResult]
-    whole: TaskResult | None  # niah: all kinds of needles together, which the picture shows
+    tasks: dict[str, TaskResult]  # of several kinds of needles also all together
 
     @property
     def name(self) -> str:
@@ -52,11 +53,10 @@ def read_result(path: Path) -> Saved:
     try:
         kind, model = value["evaluation"], value["model"]
         if kind == "niah":
-            whole = _task(value)
-            tasks = {name: _task(one) for name, one in value.get("values", {}).items()} or {whole.task: whole}
-            return Saved(path, kind, model, tasks, whole)
+            kinds = {name: _task(one) for name, one in value.get("values", {}).items()}
+            return Saved(path, kind, model, {**kinds, _TOGETHER if kinds else value["task"]: _task(value)})
         if kind == "ruler":
-            return Saved(path, kind, model, {name: _task(one) for name, one in value["tasks"].items()}, None)
+            return Saved(path, kind, model, {name: _task(one) for name, one in value["tasks"].items()})
     except (KeyError, TypeError, AttributeError) as error:
         raise RunDirError(f"{path} is no result of hsa eval niah or ruler ({error!r}): give such a JSON file") from None
     raise RunDirError(f"{path} is of hsa eval {kind}: only results of hsa eval niah and hsa eval ruler are joined")
@@ -102,9 +102,7 @@ def join(results: list[Saved]) -> Saved:
                     "join what was asked alike"
                 )
     tasks = {name: together([one.tasks[name] for one in results], task.task) for name, task in first.tasks.items()}
-    wholes = [one.whole for one in results if one.whole is not None]
-    whole = together(wholes, wholes[0].task) if wholes else None
-    return Saved(first.path, first.evaluation, first.model, tasks, whole)
+    return Saved(first.path, first.evaluation, first.model, tasks)
 
 
 def _grid(one: Saved) -> dict[str, list[tuple[str, float | None, int | None]]]:
@@ -180,18 +178,13 @@ def main(args: argparse.Namespace) -> int:
     context = contexts.pop() if len(contexts) == 1 else None
     head = title(results)
     picture = folder / f"{name}.png"
-    if joined.whole is not None:
-        plots.needle_map(joined.whole, picture, model=head, training_context=context)
+    if joined.evaluation == "niah":
+        *_, whole = joined.tasks.values()
+        plots.needle_map(whole, picture, model=head, training_context=context)
     else:
         plots.accuracy_by_length(joined.tasks, picture, model=head, training_context=context)
-    trainings = {name: dict(one.tasks) for name, one in zip(names(results), results, strict=True)}
-    rows = dict(joined.tasks)
-    if joined.whole is not None and len(rows) > 1:
-        rows["together"] = joined.whole
-        for tasks, one in zip(trainings.values(), results, strict=True):
-            if one.whole is not None:
-                tasks["together"] = one.whole
-    table = report.joined_table(trainings, rows)
+    trainings = {name: one.tasks for name, one in zip(names(results), results, strict=True)}
+    table = report.joined_table(trainings, joined.tasks)
     path = report.save_json(to_json(results, joined), folder / f"{name}.json")
     print(f"{head}\n{table}\n{path}\n{picture}", flush=True)
     return 0

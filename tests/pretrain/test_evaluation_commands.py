@@ -243,6 +243,12 @@ def test_generate_stops_at_the_number_of_tokens_and_reads_stdin(world, capsys, m
     assert world.engines[0].options == {"full_prefill": True}
 
 
+def test_scores_fall_beyond_the_longest_context_trained_so_far(world):
+    evaluate("niah", world.run, "--lengths", "256", "--samples", 1, "--distance-decay", "0.5")
+    evaluate("niah", world.run, "--lengths", "256", "--samples", 1)
+    assert [engine.options for engine in world.engines] == [{"distance_decay": 0.5, "decay_from": 256}, {}]
+
+
 def test_generate_takes_one_value_and_names_no_option_that_it_lacks(world, capsys):
     prompt = world.tmp_path / "prompt.txt"
     prompt.write_text(TEXT)
