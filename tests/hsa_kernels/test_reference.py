@@ -146,6 +146,20 @@ def test_hsa_never_touches_chunks_nobody_chose(chunks, top_k):
     assert all(torch.isfinite(x).all() for x in (out, *grads))
 
 
+def test_few_tokens_of_a_long_memory_read_the_same_bits():
+    """Without gradients only chosen chunks are copied; with them the whole memory is."""
+    q, k, v, w, idx = make_hsa(2, 3, 4, 2, 200, 4, 8, 5)
+    idx[0, 1, 0, 2:] = -1
+    idx[1, 2] = -1
+    idx[idx == 0] = 1
+    k[:, :4] = float("nan")  # of chunk 0, which nobody chose
+    assert idx.numel() < 200
+    with torch.no_grad():
+        got = hsa_attention(q, k, v, w, idx, chunk_size=4)
+    assert torch.equal(got, hsa_attention(q, k, v, w, idx, chunk_size=4))
+    torch.testing.assert_close(got, loop_hsa(q, k, v, w, idx, 4, 8**-0.5), rtol=1e-12, atol=1e-12)
+
+
 def test_hsa_takes_non_contiguous_inputs_and_half_precision():
     q, k, v, w, idx = make_hsa(2, 6, 4, 2, 5, 4, 8, 3)
     odd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, w, idx)]
@@ -284,7 +298,7 @@ def test_selection_without_any_chunk():
 @pytest.mark.parametrize("use_documents", [False, True])
 @pytest.mark.parametrize(("length", "keys", "offset", "window", "heads_q", "heads_kv"), [
     (23, 23, 0, 5, 4, 2), (23, 30, 7, 5, 4, 1), (23, 24, 1, 100, 2, 2), (40, 64, 20, 16, 6, 2), (9, 9, 0, 1, 2, 1),
-    (1, 50, 49, 12, 2, 1),
+    (1, 50, 49, 12, 2, 1), (281, 290, 9, 200, 2, 1),
 ])  # fmt: skip
 def test_window_equals_the_loop(use_documents, length, keys, offset, window, heads_q, heads_kv):
     g = torch.Generator().manual_seed(length)
