@@ -181,9 +181,8 @@ class SharedPrompt:
         encoder = engine.upper[0].encoder
         assert memory is not None and encoder is not None
         start = max(0, length - self.tail)
-        tails = np.stack([self._text(list_, start, length) for list_ in edits])
         halos: dict[int, KeysAndValues] = {}
-        hidden = self._lower(torch.from_numpy(tails).to(device), halos)
+        hidden = self._lower_tails(edits, start, length, halos)
         slot = torch.from_numpy(counts).to(device)
         everyone = torch.arange(len(edits), device=device)
 
@@ -219,6 +218,23 @@ class SharedPrompt:
                 whole, pending = whole + 1, pending[:0]
             output = self._through(engine.upper, lower, halos, memory, length + step)
         return torch.stack(answers, 1).cpu().numpy()
+
+    def _lower_tails(
+        self, edits: Sequence[Sequence[Edit]], start: int, length: int, halos: dict[int, KeysAndValues]
+    ) -> Tensor:
+        """Lower outputs (n, B, hidden) of tokens start .. length - 1 of every prompt. What all begin with alike, nearly
+        everything where they differ in their questions, is computed once.
+        """
+        tails = np.stack([self._text(list_, start, length) for list_ in edits])
+        differ = np.flatnonzero((tails != tails[0]).any(0))
+        alike = min(int(differ[0]) if differ.size else length, tails.shape[1] - 1) // _GRAIN * _GRAIN
+        tokens = torch.from_numpy(tails).to(self.engine.device)
+        if len(edits) == 1 or not alike:
+            return self._lower(tokens, halos)
+        once = self._lower(tokens[:1, :alike], halos)
+        for number, (k, v) in halos.items():
+            halos[number] = (k.expand(-1, len(edits), -1, -1), v.expand(-1, len(edits), -1, -1))
+        return torch.cat((once.expand(-1, len(edits), -1), self._lower(tokens[:, alike:], halos)))
 
     def _lower(self, tokens: Tensor, halos: dict[int, KeysAndValues]) -> Tensor:
         """tokens (B, n) after those of ``halos`` (updated) -> lower outputs (n, B, hidden)."""

@@ -6,6 +6,7 @@ import torch
 
 from parallel import mesh
 from parallel.model_config import ModelConfig
+from pretrain import shared_prompt
 from pretrain.evaluation.decoding import greedy_answers
 from pretrain.inference import InferenceEngine
 from pretrain.model import build_model
@@ -52,8 +53,9 @@ def draw_edits(rng, length, count):
         dict(window=8, hsa_window=16, top_k=None, distance_decay=3.0, decay_from=24, neighbours=2),
     ],
 )
-@pytest.mark.parametrize("changes", [{}, dict(retrieval_heads=1, swa_in_hsa=False)])
-def test_equal_to_reading_every_copy(length, settings, changes):
+@pytest.mark.parametrize(("changes", "grain"), [({}, 128), ({}, 8), (dict(retrieval_heads=1, swa_in_hsa=False), 24)])
+def test_equal_to_reading_every_copy(length, settings, changes, grain, monkeypatch):
+    monkeypatch.setattr(shared_prompt, "_GRAIN", grain)  # small ones let tails have a beginning in common
     model = build_model(ModelConfig(**{**SMALL, **changes}), max_length=64, seed=3, device="cpu").eval()
     engine = InferenceEngine(model, segment=64, **settings)
     rng = np.random.default_rng(length)
