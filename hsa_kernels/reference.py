@@ -71,8 +71,8 @@ def hsa_attention(
         return (q * 0.0).contiguous()
     out_dtype, dtype = q.dtype, _compute_dtype(q)
     idx = indices.long()
-    few = chunks > max(_DENSE_REACH * top_k, idx.numel())
-    if few and not torch.is_grad_enabled():
+    dense = chunks <= _DENSE_REACH * top_k
+    if not dense and chunks > idx.numel() and not torch.is_grad_enabled():
         # A few tokens of a long memory: what they chose is taken out first, not all of it converted and copied.
         k, v, idx = _chosen_only(k, v, idx, chunk_size)
         chunks = k.shape[1] // chunk_size
@@ -83,7 +83,6 @@ def hsa_attention(
     ws = torch.where(used, ws, torch.zeros((), dtype=dtype, device=ws.device))
 
     # Weights of 0 do not protect against NaN in chunks that nobody chose, so the dense form needs finite inputs.
-    dense = not few and chunks <= _DENSE_REACH * top_k
     dense = dense and bool(torch.isfinite(ks).all()) and bool(torch.isfinite(vs).all())
     row_bytes = batch * heads_q * chunks * chunk_size * qs.element_size()
     if not dense:
