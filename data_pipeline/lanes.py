@@ -25,6 +25,7 @@ import numpy as np
 from data_pipeline.config import DEFAULT_TASKS, TASKS, DataConfig, SyntheticConfig
 from data_pipeline.cursor import Cursor
 from data_pipeline.errors import DataError
+from data_pipeline.evidence import NONE
 from data_pipeline.mix import Domain, merge_synthetic, mix_entries, open_mixes
 from data_pipeline.packing import Packing
 from data_pipeline.permutation import seed_key
@@ -198,6 +199,8 @@ class _Lane:
             out.weights[first : end - 1] = np.where(
                 sample.answer_mask[1:], answer, np.where(sample.text_mask[1:], options.text_weight, 0.0)
             )
+            said = sample.evidence[1:]
+            out.evidence[first : end - 1] = np.where(said == NONE, NONE, position + said)
             out.add(number, len(stream._domains) + TASKS.index(sample.kind), length)
             out.end(end - 1, end)
             position, number = position + length, number + 1
@@ -295,6 +298,7 @@ class BatchStream:
                 f"{where}.min_length must be between 8 and the context {self.context}, not {options.min_length}"
             )
         self._check_frequent_names(f"{where}.frequent_names")
+        self._check_evidence(where)
         self._tasks = [task for task, share in zip(TASKS, shares, strict=True) if share > 0]
         self._task_edges = np.cumsum(shares[shares > 0] / max(shares.sum(), 1e-30))[:-1]
         self._task_options = {
@@ -318,6 +322,16 @@ class BatchStream:
             raise DataError(
                 f"{where}: {words} words of {self.tokenizer.path} are one token, and {_FEWEST_WORDS} are needed; leave "
                 "it out or take a larger vocabulary"
+            )
+
+    def _check_evidence(self, where: str) -> None:
+        options = self.synthetic
+        if not 0.0 <= options.evidence_weight < math.inf:
+            raise DataError(f"{where}.evidence_weight must be 0 or more, not {options.evidence_weight}")
+        if options.evidence_context is not None and options.evidence_context < self.context:
+            raise DataError(
+                f"{where}.evidence_context must be at least the context {self.context}, not "
+                f"{options.evidence_context}; leave it out to ask for no more than the context"
             )
 
     def _try(self, task: str, length: int) -> None:

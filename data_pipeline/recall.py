@@ -11,13 +11,14 @@ name keys and say nothing of them, one passage fills it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data_pipeline.grammar import RARE, Frequent, choice, wide_keys, wide_values, wide_wording
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.wordings import Facts, near_keys, variable_facts
+from data_pipeline.wordings import near_keys, variable_facts
 
 _FACT_TOKENS = 96  # at most one fact per so many tokens
 _LIST_TOKENS = 40  # and this in a list
@@ -57,13 +58,14 @@ _COUNTS = ("{a}:{b}", "{a}:{b}", "{a}.{b}", "{b}.", "{b}", "[{b}]", "({b})", "{a
 @dataclass
 class Event:
     """A piece of a sample. time: 0 (start) to 1 (end). tokens int32; answer: how many at its end are answer and eos;
-    text: whether it is learnt as the text around it is.
+    text: whether it is learnt as the text around it is; told: the answer's values, each with the fact that says it.
     """
 
     time: float
     tokens: np.ndarray
     answer: int = 0
     text: bool = False
+    told: Sequence[tuple[str, Event]] = ()
 
     @property
     def fact(self) -> bool:
@@ -134,8 +136,10 @@ def _group(
     asked = rng.random(count) < share
     asked[int(rng.integers(count))] = True
     events: list[Event] = []
+    told: list[tuple[str, Event]] = []
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         events.append(Event(times[i], tokenizer.encode_words(needle.format(key=key, value=value))))
+        told.append((value, events[-1]))
         if not asked[i]:
             continue
         group = [i]
@@ -149,7 +153,7 @@ def _group(
             question = several.format(keys=_joined([keys[j] for j in group], link))
             answer = f" {_joined([values[j] for j in group], link)}"
         after = max(times[j] for j in group)
-        events.append(_question(rng, tokenizer, Facts([], question, answer), after))
+        events.append(_question(rng, tokenizer, question, answer, after, [told[j] for j in group]))
     return events if as_list else events + _mentions(rng, tokenizer, keys)
 
 
@@ -167,16 +171,19 @@ def _values(rng: np.random.Generator, tokenizer: Tokenizer, frequent: Frequent) 
     needle, _, several = wide_wording(rng)
     (key,), values = wide_keys(rng, 1, frequent), wide_values(rng, _several(rng))
     events = _in_order(rng, tokenizer, [needle.format(key=key, value=value) for value in values])
-    facts = Facts([], several.format(keys=key), f" {_joined(values, str(choice(rng, _LINKS)))}")
-    return [*events, _question(rng, tokenizer, facts, events[-1].time)]
+    answer = f" {_joined(values, str(choice(rng, _LINKS)))}"
+    told = list(zip(values, events, strict=True))
+    return [*events, _question(rng, tokenizer, several.format(keys=key), answer, events[-1].time, told)]
 
 
 def _chain(rng: np.random.Generator, tokenizer: Tokenizer, taken: set[str], frequent: Frequent) -> list[Event]:
     facts = variable_facts(rng, "wide", 0, int(rng.integers(1, 5)), taken, frequent=frequent)
     events = _in_order(rng, tokenizer, facts.needles)
-    names = facts.answer.strip().split(", ")
+    told = [(name, events[i]) for name, i in facts.told]
+    names = [name for name, _ in told]
     taken.update(names)
-    return [*events, _question(rng, tokenizer, facts, events[-1].time), *_mentions(rng, tokenizer, names)]
+    asked = _question(rng, tokenizer, facts.question, facts.answer, events[-1].time, told)
+    return [*events, asked, *_mentions(rng, tokenizer, names)]
 
 
 def _in_order(rng: np.random.Generator, tokenizer: Tokenizer, needles: list[str]) -> list[Event]:
@@ -215,8 +222,15 @@ def _running_numbers(rng: np.random.Generator, tokenizer: Tokenizer, room: int) 
     return [Event(time, piece, text=True) for time, piece in zip(steps.tolist(), pieces, strict=True)]
 
 
-def _question(rng: np.random.Generator, tokenizer: Tokenizer, facts: Facts, after: float) -> Event:
-    answer = np.append(tokenizer.encode_words(facts.answer), tokenizer.eos_id).astype(np.int32)
-    tokens = np.concatenate([tokenizer.encode_words(facts.question), answer])
+def _question(
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    question: str,
+    answer: str,
+    after: float,
+    told: list[tuple[str, Event]],
+) -> Event:
+    answered = np.append(tokenizer.encode_words(answer), tokenizer.eos_id).astype(np.int32)
+    tokens = np.concatenate([tokenizer.encode_words(question), answered])
     time = after if rng.random() < _AT_ONCE else after + (1.0 - after) * float(rng.random())
-    return Event(time, tokens, len(answer))
+    return Event(time, tokens, len(answered), told=told)

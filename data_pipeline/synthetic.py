@@ -18,6 +18,7 @@ import numpy as np
 
 from data_pipeline.config import TASKS
 from data_pipeline.errors import DataError
+from data_pipeline.evidence import evidence_of, no_evidence
 from data_pipeline.grammar import RARE, Frequent
 from data_pipeline.recall import recall_events, text_length
 from data_pipeline.tokenizer import Tokenizer
@@ -53,7 +54,8 @@ class SyntheticSample:
     tokens int32 (length,). answer_mask bool (length,): True at the answer's tokens, the closing eos included (the loss
     weight of an answer token belongs to the position before it). text_mask bool (length,): True at predictable prompt
     text (everything but the answer; False in the random half of a copy). prompt_length: tokens before the answer.
-    kind: the task.
+    kind: the task. evidence int32 (length,): at tokens of answers the position of the token in a fact that says the
+    same, see `data_pipeline.evidence`; -1 elsewhere, and everywhere in tasks that do not ask about facts.
     """
 
     tokens: np.ndarray
@@ -62,6 +64,7 @@ class SyntheticSample:
     prompt_length: int
     kind: str
     tokenizer: Tokenizer = field(repr=False, compare=False)
+    evidence: np.ndarray
 
     @property
     def answer(self) -> str:
@@ -176,7 +179,11 @@ def build_sample(
     tokens = np.concatenate([*_spread(text, pieces, cuts, order), tail])
     mask = np.zeros(length, dtype=bool)
     mask[length - answer_length :] = True
-    return SyntheticSample(tokens, mask, ~mask, length - answer_length, task, tokenizer)
+    starts = _starts(pieces, cuts, order)
+    told = [(value, pieces[i], starts[i]) for value, i in facts.told]
+    evidence = no_evidence(length)
+    evidence[mask] = evidence_of(tokenizer, tokens[mask], told)
+    return SyntheticSample(tokens, mask, ~mask, length - answer_length, task, tokenizer, evidence)
 
 
 def make_facts(
@@ -239,7 +246,8 @@ def _fill_with_needles(
     facts = needle_haystack(rng, tokenizer, length - 96, templates=templates, digits=digits, values=values)
     place = rng.random() if depth is None else depth
     asked = min(len(facts.needles) - 1, int(place * len(facts.needles)))
-    return Facts(facts.needles, facts.question(asked), " " + facts.values[asked])
+    value = facts.values[asked]
+    return Facts(facts.needles, facts.question(asked), f" {value}", told=((value, asked),))
 
 
 def _recall(
@@ -261,18 +269,18 @@ def _recall(
     cuts = _cuts(times, text, tokenizer.sentence_ends)
     order = _in_order(cuts, times)
     _move_onto_edges(rng, cuts, order, pieces, [event.fact for event in events], room, chunk_size)
-    parts = _spread(text, pieces, cuts, order)
+    tokens = np.concatenate(_spread(text, pieces, cuts, order)).astype(np.int32)
     answer, predictable = np.zeros(length, dtype=bool), np.ones(length, dtype=bool)
-    position = 0
-    for i, part in enumerate(parts):
-        end = position + len(part)
-        if i % 2:  # text and pieces alternate, in the order of time
-            event = events[i // 2]
-            predictable[position:end] = event.text
-            answer[end - event.answer : end] = event.answer > 0
-        position = end
-    tokens = np.concatenate(parts).astype(np.int32)
-    return SyntheticSample(tokens, answer, predictable, length - events[-1].answer, "recall", tokenizer)
+    evidence = no_evidence(length)
+    places = {id(event): start for event, start in zip(events, _starts(pieces, cuts, order), strict=True)}
+    for event in events:
+        end = places[id(event)] + len(event.tokens)
+        predictable[places[id(event)] : end] = event.text
+        if event.answer:
+            answer[end - event.answer : end] = True
+            told = [(value, fact.tokens, places[id(fact)]) for value, fact in event.told]
+            evidence[end - event.answer : end] = evidence_of(tokenizer, tokens[end - event.answer : end], told)
+    return SyntheticSample(tokens, answer, predictable, length - events[-1].answer, "recall", tokenizer, evidence)
 
 
 def answer_text(tokenizer: Tokenizer, generated_ids: Iterable[int]) -> str:
@@ -350,6 +358,15 @@ def _spread(text: np.ndarray, pieces: list[np.ndarray], cuts: np.ndarray, order:
     return [*parts, text[position:]]
 
 
+def _starts(pieces: list[np.ndarray], cuts: np.ndarray, order: np.ndarray) -> list[int]:
+    """Where each of the pieces begins once `_spread` has inserted them."""
+    starts, before = [0] * len(pieces), 0  # tokens of pieces in front
+    for i in order.tolist():
+        starts[i] = int(cuts[i]) + before
+        before += len(pieces[i])
+    return starts
+
+
 def _copy(
     rng: np.random.Generator, tokenizer: Tokenizer, haystack: Callable[[int], np.ndarray], length: int, share: float
 ) -> SyntheticSample:
@@ -367,7 +384,7 @@ def _copy(
     mask[n + len(cue) :] = True
     text = np.zeros(length, dtype=bool)
     text[:n] = not random
-    return SyntheticSample(tokens, mask, text, n + len(cue), "copy", tokenizer)
+    return SyntheticSample(tokens, mask, text, n + len(cue), "copy", tokenizer, no_evidence(length))
 
 
 def _frequent(
@@ -409,4 +426,4 @@ def _frequent(
     mask[prompt:] = True
     predictable = np.zeros(length, dtype=bool)
     predictable[: len(text)] = True
-    return SyntheticSample(tokens, mask, predictable, prompt, "frequent_words", tokenizer)
+    return SyntheticSample(tokens, mask, predictable, prompt, "frequent_words", tokenizer, no_evidence(length))

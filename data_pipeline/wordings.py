@@ -149,12 +149,16 @@ def held_out_value(rng: np.random.Generator, kind: str, digits: int) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts and one question about them: needles in the order they must appear if ``ordered``, the asked ones first."""
+    """Facts and one question about them: needles in the order they must appear if ``ordered``, the asked ones first.
+
+    told: for every value of the answer, in its order, the value and the number of the needle that says it.
+    """
 
     needles: list[str]
     question: str
     answer: str
     ordered: bool = False
+    told: tuple[tuple[str, int], ...] = ()
 
 
 def number_facts(
@@ -178,9 +182,11 @@ def number_facts(
         names = random_word(rng, count)
         held = [held_out_value(rng, values, digits) for _ in names]
     needles = [needle.format(key=k, value=v) for k, v in zip(names, held, strict=True)]
+    told = tuple(zip(held[:asked], range(asked), strict=True))
     if asked == 1:
-        return Facts(needles, one.format(key=names[0]), " " + held[0])
-    return Facts(needles, several.format(keys=" and ".join(names[:asked])), " " + " and ".join(held[:asked]))
+        return Facts(needles, one.format(key=names[0]), " " + held[0], told=told)
+    question, answer = several.format(keys=" and ".join(names[:asked])), " " + " and ".join(held[:asked])
+    return Facts(needles, question, answer, told=told)
 
 
 @dataclass(frozen=True)
@@ -240,7 +246,9 @@ def variable_facts(
         others = [then.format(name=b, other=a) for a, b in zip(mine[:-1], mine[1:], strict=True)]
         assigned.append([first.format(name=mine[0], value=value), *others])
     needles = assigned[0] if len(assigned) == 1 else _mixed(rng, assigned)
-    return Facts(needles, question.format(value=values[0]), " " + ", ".join(names[: hops + 1]), ordered=True)
+    asked = names[: hops + 1]
+    told = tuple((name, needles.index(needle)) for name, needle in zip(asked, assigned[0], strict=True))
+    return Facts(needles, question.format(value=values[0]), " " + ", ".join(asked), ordered=True, told=told)
 
 
 def _mixed(rng: np.random.Generator, lists: list[list[str]]) -> list[str]:

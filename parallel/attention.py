@@ -21,6 +21,7 @@ from parallel.compat import (
     tensor_parallel,
 )
 from parallel.context import keep_in_graph, start_halo
+from parallel.evidence import EvidenceLoss, EvidenceSums
 from parallel.fused import rotate
 from parallel.memory import ContextMemory
 from parallel.model_config import ModelConfig
@@ -44,6 +45,7 @@ class AttentionSchedule:
     chosen does not depend on it, how much the best of them weighs does.
     distance_decay, decay_from: scores of chunks n > decay_from tokens back fall by distance_decay * ln(n / decay_from);
     for reading texts longer than those of the training, whose chunks are more than a token had to choose among.
+    evidence: the loss that asks for the chunk which holds an answer; for training only.
     balance_selection: share chunk selection out evenly over context-parallel ranks; None: where it pays.
     """
 
@@ -54,6 +56,7 @@ class AttentionSchedule:
     retrieval_temperature: float = 1.0
     distance_decay: float = 0.0
     decay_from: int = 0
+    evidence: EvidenceLoss = EvidenceLoss()
     balance_selection: bool | None = None
 
 
@@ -193,6 +196,7 @@ class HierarchicalSparseAttention(MegatronModule):
         self.q_layernorm = RMSNorm(config, model.head_dim, config.layernorm_epsilon)
         self.retrieval_layernorm = RMSNorm(config, retrieval_size, config.layernorm_epsilon)
         self.checkpoint_core_attention = config.recompute_granularity == "selective"
+        self.evidence = EvidenceSums()
         self.recency: nn.Parameter | None = None
         if model.ablations.recency_decay:
             self.recency = nn.Parameter(torch.ones(1, dtype=config.params_dtype))
@@ -253,10 +257,12 @@ class HierarchicalSparseAttention(MegatronModule):
         memory: ContextMemory | SharedMemory | Callable[[], ContextMemory],
         *,
         documents: Tensor | None = None,
+        evidence: Tensor | None = None,
         query_offset: int = 0,
     ) -> Tensor:
         """hidden_states (L, B, hidden) of tokens query_offset .. query_offset + L - 1 (L / tensor of them under
-        sequence parallelism); memory, or what waits for it; documents (B, keys) int32.
+        sequence parallelism); memory, or what waits for it; documents (B, keys) int32. evidence (B, L) int: for the
+        loss of that name, the position in the sequence of the token that says what comes next, -1 where none does.
 
         Returns the like of hidden_states; rows that see no completed chunk are 0 before the output projection.
         """
@@ -292,6 +298,10 @@ class HierarchicalSparseAttention(MegatronModule):
                 decay=self.decay(),
             )
             weights = self.weights(scores, indices)
+            if evidence is not None and self.training and torch.is_grad_enabled():  # once, where layers run again, too
+                wanted = evidence.div(model.chunk_size, rounding_mode="floor")
+                asked, ranks = self.schedule.evidence, self.tp_group.size()
+                weights = self.evidence(weights, scores, indices, wanted, asked, ranks)
             if self.schedule.neighbours:
                 now = (positions // model.chunk_size)[:, None, None]
                 indices, weights = with_neighbours(indices, weights, self.schedule.neighbours, in_text(now))

@@ -94,13 +94,15 @@ class DecoderLayer(TransformerLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         context: Tensor | None = None,
+        context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (L, B, hidden) of this rank's tokens. `attention_mask` carries the document ids (B, length)
-        int32 of the whole sequence or None; `context` the packed memory of the whole sequence.
+        int32 of the whole sequence or None; `context` the packed memory of the whole sequence; `context_mask` where
+        this rank's tokens (B, tokens) find their answers, or None.
         """
-        documents = attention_mask
+        documents, evidence = attention_mask, context_mask
         slices = self.pg_collection.cp
         shared = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         if self.takes_memory:
@@ -116,7 +118,14 @@ class DecoderLayer(TransformerLayer):
         elif self.has_hsa:
             memory = ContextMemory.unpack(context, self.model, self.retrieval_heads)
         offset = slices.rank() * hidden_states.shape[0] * shared
-        output, _kv = self.mix(hidden_states, rotary_pos_emb, memory=memory, documents=documents, query_offset=offset)
+        output, _kv = self.mix(
+            hidden_states,
+            rotary_pos_emb,
+            memory=memory,
+            documents=documents,
+            evidence=evidence,
+            query_offset=offset,
+        )
         if self.encoder is not None:
             context = gather()
             if slices.size() > 1:
@@ -142,6 +151,7 @@ class DecoderLayer(TransformerLayer):
         *,
         memory: ContextMemory | SharedMemory | Callable[[], ContextMemory] | None = None,
         documents: Tensor | None = None,
+        evidence: Tensor | None = None,
         halo: KeysAndValues | None = None,
         query_offset: int = 0,
     ) -> tuple[Tensor, KeysAndValues | None]:
@@ -159,7 +169,11 @@ class DecoderLayer(TransformerLayer):
         mlp_input = hidden_states
         if self.has_hsa and memory is not None:  # None: no chunk is complete yet, HSA contributes 0
             mlp_input = hidden_states + self.hsa_attention(
-                self.hsa_layernorm(hidden_states), memory, documents=documents, query_offset=query_offset
+                self.hsa_layernorm(hidden_states),
+                memory,
+                documents=documents,
+                evidence=evidence,
+                query_offset=query_offset,
             )
             if not self.model.ablations.bypass:
                 hidden_states = mlp_input

@@ -24,11 +24,19 @@ class _Attach(torch.autograd.Function):
         return gradient, torch.ones_like(ctx.like)
 
 
+def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """`x` as it is; its backward also goes into `loss`, a scalar, as if that were added to the objective.
+
+    Like every loss here it must be a plain sum, divided with all gradients by the step's global sum of loss weights; so
+    it depends on neither the layout nor the number of micro-batches.
+    """
+    return _Attach.apply(x, loss)
+
+
 class Router(TopKRouter):
     """Megatron's TopKRouter. z-loss (arXiv 2202.08906): coefficient x sum over tokens of logsumexp(logits)^2.
 
-    Like every loss here it is a plain sum, divided with all gradients by the step's global sum of loss weights; so it
-    depends on neither the layout nor the number of micro-batches, unlike Megatron's.
+    A plain sum (`attach_loss`), unlike Megatron's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,7 +50,7 @@ class Router(TopKRouter):
             return logits
         squares = logits.float().logsumexp(dim=-1).square().sum()
         self.z_sum += squares.detach()
-        return _Attach.apply(logits, coefficient * squares)
+        return attach_loss(logits, coefficient * squares)
 
 
 class LoadStatistics:

@@ -135,6 +135,7 @@ class _Variant:
             loss_weights=torch.ones(shape),
             documents=torch.zeros(shape, dtype=torch.int32),
             domains=torch.zeros(shape, dtype=torch.int16),
+            evidence=torch.full(shape, -1, dtype=torch.int32),
         )
 
     def split(self) -> dict[str, float]:

@@ -134,8 +134,8 @@ class HSAModel(LanguageModule):
     """Embedding, decoder and output layer, or the part of them that one pipeline stage holds.
 
     tokens, labels (B, L) int64: this rank's slice of the sequences; documents (B, L * context-parallel size) int32 of
-    the whole sequences, or None (one document per row). L is a multiple of the chunk size. vp_stage: which of this
-    rank's model chunks this is, in an interleaved pipeline.
+    the whole sequences, or None (one document per row); evidence (B, L) int32, see `PackedBatch`, or None. L is a
+    multiple of the chunk size. vp_stage: which of this rank's model chunks this is, in an interleaved pipeline.
     """
 
     def __init__(
@@ -249,7 +249,13 @@ class HSAModel(LanguageModule):
         halo = min(max(self.schedule.window, self.schedule.hsa_window) - 1, slices.rank() * length)
         return self.rotary_pos_emb.get_emb(length + halo)  # a call would cut it as Megatron cuts contexts
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+        evidence: Tensor | None = None,
+    ) -> Tensor:
         """Loss of every token (B, L) float32 when labels are given, else logits (B, L, vocabulary).
 
         A stage before the last returns what the next one takes.
@@ -257,6 +263,7 @@ class HSAModel(LanguageModule):
         hidden_states = self.decoder(
             hidden_states=self.embed(tokens) if self.pre_process else None,
             attention_mask=documents,
+            context_mask=evidence,
             rotary_pos_emb=self._angles(tokens.shape[1]),
         )
         if not self.post_process:

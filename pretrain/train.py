@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.mesh import launched_rank, launched_world_size
 from parallel.optional import describe, describe_use
@@ -24,6 +24,9 @@ from pretrain.run_dir import RunDir, add_allow_change, check_resume
 from pretrain.signals import STOPPED, StopRequest
 from pretrain.stages import Position, StageController
 from pretrain.topology import check_machine, check_stage
+
+if TYPE_CHECKING:
+    from parallel.evidence import EvidenceLoss
 
 MAX_SKIPPED_UPDATES = 10
 
@@ -103,6 +106,15 @@ def stream_arguments(recipe: Recipe, stage: StageConfig, *, lane_ids: Any) -> di
         "mix": stage.data.mix,
         "synthetic": stage.data.synthetic or None,
     }
+
+
+def evidence_loss(recipe: Recipe, stage: StageConfig) -> EvidenceLoss:
+    """What a stage asks of retrieval."""
+    from data_pipeline.mix import merge_synthetic
+    from parallel.evidence import EvidenceLoss
+
+    options = merge_synthetic(recipe.data.synthetic, stage.data.synthetic or None)
+    return EvidenceLoss(options.evidence_weight, (options.evidence_context or 0) // recipe.model.chunk_size)
 
 
 def nothing_to_do(run_dir: RunDir, recipe: Recipe, until_stage: str | None) -> bool:
@@ -288,6 +300,7 @@ class Training:
         stage, position = controller.stage, controller.position
         for model in self.models:
             model.set_schedule(window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k)
+            model.schedule.evidence = evidence_loss(self.recipe, stage)
         self._banner(stage)
         self.tracker.stage_started(stage.name, position.stage)
         with self._stream(stage) as stream:
@@ -431,6 +444,7 @@ class Training:
             "data_wait_seconds": waited,
             **{f"loss/{name}": loss for name, loss in result.domain_losses.items()},
             **result.experts,
+            **({} if result.evidence is None else {"evidence_loss": result.evidence}),
             **{f"loss_from/{position}": loss for position, loss in result.position_losses.items()},
         }
         if self.device.type == "cuda":

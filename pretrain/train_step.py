@@ -20,13 +20,14 @@ from data_pipeline.batch import PackedBatch
 from parallel import mesh
 from parallel.compat import DistributedDataParallel, finalize_model_grads, get_forward_backward_func, parallel_state
 from parallel.context import local_slice
+from parallel.evidence import take_sums
 from parallel.router import LoadStatistics
 from parallel.tensor import sum_partial_gradients
 from pretrain.graphed import GraphedPass
 from pretrain.model import HSAModel
 from pretrain.step_sums import StepSums, document_positions
 
-_FIELDS = ("tokens", "labels", "loss_weights", "documents", "domains")
+_FIELDS = ("tokens", "labels", "loss_weights", "documents", "domains", "evidence")
 
 
 @dataclass
@@ -37,7 +38,8 @@ class StepResult:
     tokens. position_losses: the same by how many tokens of its document stand before a token in its sequence; the key
     is the least position of a group, 0, 16, 32, 64, ... stop: number of ranks that want to stop. skipped: documents
     that could not be read, since the run began. updated: False when the gradient norm was not finite and the weights
-    stayed as they were. experts: loads of the experts' layers by metric name.
+    stayed as they were. experts: loads of the experts' layers by metric name. evidence: mean over tokens, heads and
+    layers of the evidence loss, nats; None where none was asked for.
     """
 
     loss: float
@@ -48,6 +50,7 @@ class StepResult:
     skipped: int
     updated: bool
     experts: dict[str, float] = field(default_factory=dict)
+    evidence: float | None = None
 
 
 class TrainStep:
@@ -75,6 +78,7 @@ class TrainStep:
         self._sums: StepSums  # of the step that is going on
         self._graphed = GraphedPass(device) if cuda_graph else None
         self._loads = torch.zeros(0, dtype=torch.float64, device=device)
+        self._evidence = torch.zeros(2, dtype=torch.float64, device=device)
 
     def __call__(self, batch: PackedBatch, micro_batch: int, *, wants_stop: bool, skipped: int = 0) -> StepResult:
         """Train on this data-parallel rank's share of a global batch; the step's numbers are those of the global batch.
@@ -100,11 +104,12 @@ class TrainStep:
             self._graphed(self._pass, micro_batches, prepare)
         updated, grad_norm, _zeros = self.optimizer.step()
         # Everything the step says comes to the host in one copy.
-        read = torch.cat((self._sums.values, self._loads)).tolist()
-        sums, loads = read[: len(self._sums.values)], read[len(self._sums.values) :]
+        read = torch.cat((self._evidence, self._sums.values, self._loads)).tolist()
+        (told, asked), sums, loads = read[:2], read[2 : 2 + len(self._sums.values)], read[2 + len(self._sums.values) :]
         loss, stop, all_skipped, by_domain, by_position = self._sums.read(sums)
         experts = {} if self.loads is None else self.loads.metrics([loads[i : i + 4] for i in range(0, len(loads), 4)])
-        return StepResult(loss, float(grad_norm), by_domain, by_position, stop, all_skipped, updated, experts)
+        evidence = told / asked if asked else None
+        return StepResult(loss, float(grad_norm), by_domain, by_position, stop, all_skipped, updated, experts, evidence)
 
     def _micro_batches(self, batch: PackedBatch, size: int) -> list[dict[str, Tensor]]:
         """This rank's parts, still where the batch is."""
@@ -138,7 +143,9 @@ class TrainStep:
 
     def _forward(self, micro_batches: Iterator[dict[str, Tensor]], model: HSAModel) -> tuple[Tensor, Any]:
         micro = next(micro_batches)
-        losses = model(micro["tokens"], labels=micro["labels"], documents=micro["documents"])
+        asked = self.chunks[0].module.schedule.evidence
+        evidence = micro["evidence"] if asked.weight else None
+        losses = model(micro["tokens"], labels=micro["labels"], documents=micro["documents"], evidence=evidence)
         return losses, functools.partial(self._loss, micro)
 
     def _loss(self, micro: dict[str, Tensor], losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -156,9 +163,9 @@ class TrainStep:
         sum_partial_gradients(model)
         if parallel_state.get_tensor_model_parallel_rank() > 0:
             self._sums.forget_tokens()  # the same ones as on the first of these ranks
-        total = torch.cat((self._sums.values, loads))
+        total = torch.cat((self._sums.values, loads, take_sums(model, self.device)))
         torch.distributed.all_reduce(total)
-        sums, loads = total.split((len(self._sums.values), len(loads)))
+        sums, loads, self._evidence = total.split((len(self._sums.values), len(loads), 2))
         self._sums.values.copy_(sums)
         if self.loads is not None:
             self._loads = self.loads.summary(loads).flatten()

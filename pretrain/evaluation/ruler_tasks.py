@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.evidence import no_evidence
 from data_pipeline.synthetic import SampleTooShort, SyntheticSample
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.wordings import held_out_value, random_word
@@ -137,7 +138,8 @@ def _finish(
     mask = np.zeros(len(tokens), dtype=bool)
     mask[len(tokens) - len(answer_ids) :] = True
     prompt = len(tokens) - len(answer_ids)
-    return RulerSample(tokens, mask, ~mask, prompt, task, tokenizer, accepted=accepted, parts=parts)
+    none = no_evidence(len(tokens))  # for training only
+    return RulerSample(tokens, mask, ~mask, prompt, task, tokenizer, none, accepted=accepted, parts=parts)
 
 
 def _room(task: str, length: int, used: int) -> int:

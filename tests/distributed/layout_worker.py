@@ -26,6 +26,7 @@ import torch
 from data_pipeline.batch import PackedBatch
 from parallel import compat, mesh
 from parallel.context import traffic
+from parallel.evidence import EvidenceLoss
 from parallel.mesh import ParallelConfig
 from parallel.model_config import Ablations, ModelConfig
 from parallel.optimizer import OptimizerSettings, build_optimizer, wrap_model
@@ -46,7 +47,8 @@ TIMEOUT = {"cpu": 30, "cuda": 1}  # minutes; a GPU test that hangs should not us
 
 
 def packed_batch(step, batch, length, chunk):
-    """The global batch of a step: random tokens in documents of whole chunks, with padding, weights and domains."""
+    """The global batch of a step: random tokens in documents of whole chunks, with padding, weights, domains, and one
+    token of four told where in its document it is answered."""
     g = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, 64, (batch, length), generator=g)
     starts = torch.rand(batch, length // chunk, generator=g) < 0.15
@@ -57,7 +59,18 @@ def packed_batch(step, batch, length, chunk):
     same = torch.nn.functional.pad(documents[:, 1:] == documents[:, :-1], (0, 1))
     weights = torch.rand(batch, length, generator=g) * same * (torch.rand(batch, length, generator=g) < 0.9)
     domains = torch.randint(0, 2, (batch, length), generator=g).short()
-    return PackedBatch(tokens=tokens, labels=labels * same, loss_weights=weights, documents=documents, domains=domains)
+    place = torch.arange(length)
+    first = torch.where(starts.repeat_interleave(chunk, dim=1), place // chunk * chunk, 0).cummax(1).values
+    answered = first + ((place - first + 1) * torch.rand(batch, length, generator=g)).long()
+    answered[torch.rand(batch, length, generator=g) < 0.75] = -1
+    return PackedBatch(
+        tokens=tokens,
+        labels=labels * same,
+        loss_weights=weights,
+        documents=documents,
+        domains=domains,
+        evidence=answered.int(),
+    )
 
 
 class Recorder:
@@ -122,6 +135,7 @@ def run(job, device):
     )
     for chunk in chunks:
         chunk.set_schedule(window=job["window"], hsa_window=job["hsa_window"], top_k=job["top_k"])
+        chunk.schedule.evidence = EvidenceLoss(weight=0.5, chunks=64)
     settings = OptimizerSettings(**{"lr": 3e-3, "distributed": False, **job.get("optimizer", {})})
     wrapped = wrap_model(chunks, settings, overlap=job.get("overlap", False))
     recorder = Recorder(build_optimizer(settings, wrapped), wrapped)
@@ -147,6 +161,7 @@ def run(job, device):
         "domains": [result.domain_losses for result in results],
         "experts": [result.experts for result in results],
         "positions": [result.position_losses for result in results],
+        "evidence": [result.evidence for result in results],
         "gradients": gradients,
         "held": mesh.gather_objects(held_numbers(wrapped, recorder.optimizer)),
         "traffic": [counted for _, _, counted, _ in gathered],

@@ -74,6 +74,8 @@ def assert_equals_one_rank(single, spread, job):
             assert ours == pytest.approx(theirs, rel=1e-5 if step < _EXACT else 1e-3)
     for step, (ours, theirs) in enumerate(zip(spread["experts"], single["experts"], strict=False)):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7 if step < _EXACT else 0.02)
+    assert spread["evidence"][:_EXACT] == pytest.approx(single["evidence"][: min(steps, _EXACT)], rel=1e-5)
+    assert spread["evidence"] == pytest.approx(single["evidence"][:steps], rel=1e-3)
     assert spread["gradients"].keys() == single["gradients"].keys()
     for name, expected in single["gradients"].items():
         difference = (spread["gradients"][name] - expected).norm() / expected.norm().clamp_min(1e-12)
