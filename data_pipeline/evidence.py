@@ -2,6 +2,7 @@
 
 Who makes a question knows which fact answers it. A model can be told: at every token of the answer, which token of
 the fact says the same. The token behind a value counts, too: what follows the value in the fact says that it has ended.
+In a chain the fact that the value leads to says whether the answer goes on.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ Told = tuple[str, np.ndarray, int]
 """A value of the answer, the tokens of the fact that says it, and the position of the first of them."""
 
 
-def evidence_of(tokenizer: Tokenizer, answer: np.ndarray, told: Sequence[Told]) -> np.ndarray:
+def evidence_of(tokenizer: Tokenizer, answer: np.ndarray, told: Sequence[Told], *, chained: bool = False) -> np.ndarray:
     """int32 like ``answer``: the position of the token that says the same, NONE where there is none (words that join
     the values of a list).
 
-    answer: token ids of an answer and its end-of-document token. told: its values in order. A value whose tokens are
-    not in the fact as they are in the answer (quotation marks stood before it) has the tokens at the same places from
-    the value's first one on, the fact's last one at most.
+    answer: token ids of an answer and its end-of-document token. told: its values in order; chained: each is found by
+    the one before it. A value whose tokens are not in the fact as they are in the answer (quotation marks stood before
+    it) has the tokens at the same places from the value's first one on, the fact's last one at most.
     """
     places = no_evidence(len(answer))
     start = 0
@@ -34,13 +35,16 @@ def evidence_of(tokenizer: Tokenizer, answer: np.ndarray, told: Sequence[Told]) 
         at = _find(answer, said, start)
         if at is None:
             continue
-        start = at + len(said)
+        behind, start = start, at + len(said)
         inside = _find(fact, said, 0)
         if inside is None:
             inside = _find(fact, tokenizer.encode_words(value), 0)
         if inside is None:
             continue
-        places[at : start + 1] = first + np.minimum(inside + np.arange(len(said) + 1), len(fact) - 1)
+        if chained and behind:
+            places[behind] = first + inside
+        end = start if chained else start + 1
+        places[at:end] = first + np.minimum(inside + np.arange(end - at), len(fact) - 1)
     return places
 
 

@@ -58,7 +58,8 @@ _COUNTS = ("{a}:{b}", "{a}:{b}", "{a}.{b}", "{b}.", "{b}", "[{b}]", "({b})", "{a
 @dataclass
 class Event:
     """A piece of a sample. time: 0 (start) to 1 (end). tokens int32; answer: how many at its end are answer and eos;
-    text: whether it is learnt as the text around it is; told: the answer's values, each with the fact that says it.
+    text: whether it is learnt as the text around it is; told: the answer's values, each with the fact that says it;
+    chained: each value is found by the one before it.
     """
 
     time: float
@@ -66,6 +67,7 @@ class Event:
     answer: int = 0
     text: bool = False
     told: Sequence[tuple[str, Event]] = ()
+    chained: bool = False
 
     @property
     def fact(self) -> bool:
@@ -182,7 +184,7 @@ def _chain(rng: np.random.Generator, tokenizer: Tokenizer, taken: set[str], freq
     told = [(name, events[i]) for name, i in facts.told]
     names = [name for name, _ in told]
     taken.update(names)
-    asked = _question(rng, tokenizer, facts.question, facts.answer, events[-1].time, told)
+    asked = _question(rng, tokenizer, facts.question, facts.answer, events[-1].time, told, chained=True)
     return [*events, asked, *_mentions(rng, tokenizer, names)]
 
 
@@ -229,8 +231,9 @@ def _question(
     answer: str,
     after: float,
     told: list[tuple[str, Event]],
+    chained: bool = False,
 ) -> Event:
     answered = np.append(tokenizer.encode_words(answer), tokenizer.eos_id).astype(np.int32)
     tokens = np.concatenate([tokenizer.encode_words(question), answered])
     time = after if rng.random() < _AT_ONCE else after + (1.0 - after) * float(rng.random())
-    return Event(time, tokens, len(answered), told=told)
+    return Event(time, tokens, len(answered), told=told, chained=chained)

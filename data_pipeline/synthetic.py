@@ -182,7 +182,7 @@ def build_sample(
     starts = _starts(pieces, cuts, order)
     told = [(value, pieces[i], starts[i]) for value, i in facts.told]
     evidence = no_evidence(length)
-    evidence[mask] = evidence_of(tokenizer, tokens[mask], told)
+    evidence[mask] = evidence_of(tokenizer, tokens[mask], told, chained=facts.ordered)
     return SyntheticSample(tokens, mask, ~mask, length - answer_length, task, tokenizer, evidence)
 
 
@@ -279,7 +279,8 @@ def _recall(
         if event.answer:
             answer[end - event.answer : end] = True
             told = [(value, fact.tokens, places[id(fact)]) for value, fact in event.told]
-            evidence[end - event.answer : end] = evidence_of(tokenizer, tokens[end - event.answer : end], told)
+            answered = tokens[end - event.answer : end]
+            evidence[end - event.answer : end] = evidence_of(tokenizer, answered, told, chained=event.chained)
     return SyntheticSample(tokens, answer, predictable, length - events[-1].answer, "recall", tokenizer, evidence)
 
 

@@ -39,6 +39,18 @@ def test_every_value_of_a_list_and_its_end(tokenizer: Tokenizer) -> None:
     assert (places[: len(encode(tokenizer, " 905"))] >= 300).all() and (places[-5:] < 300).all()
 
 
+def test_a_link_of_a_chain_is_said_by_what_it_leads_to(tokenizer: Tokenizer) -> None:
+    """Between two names the second one's fact says that there is one; behind the last nothing does."""
+    facts = [encode(tokenizer, " Let river = 77."), encode(tokenizer, " Let hill = river.")]
+    answer = np.append(encode(tokenizer, " river, hill"), tokenizer.eos_id)
+    told = [("river", facts[0], 100), ("hill", facts[1], 300)]
+    places = evidence_of(tokenizer, answer, told, chained=True)
+    names = len(encode(tokenizer, " river")), len(encode(tokenizer, " hill"))
+    assert len(answer) == sum(names) + 2
+    assert (places[: names[0]] < 200).all() and (places[names[0] : -1] >= 300).all() and places[-1] == NONE
+    assert places[names[0]] == places[names[0] + 1] == 300 + len(encode(tokenizer, " Let"))
+
+
 def test_a_value_that_nothing_says_has_none(tokenizer: Tokenizer) -> None:
     fact = encode(tokenizer, " The code of river is 4417.")
     answer = np.append(encode(tokenizer, " 905"), tokenizer.eos_id)

@@ -9,6 +9,7 @@ import torch
 
 from pretrain.graphed import GraphedPass
 from tests.conftest import hsa_command, hsa_environment, losses
+from tests.pretrain.test_evidence_training import asking_recipe, records
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,6 +58,19 @@ def test_a_graph_trains_like_single_launches(tiny_recipe, tmp_path):
     for (_, _, loss, norm), (_, _, expected, expected_norm) in zip(graph, plain, strict=True):
         assert loss == pytest.approx(expected, rel=1e-4)
         assert norm == pytest.approx(expected_norm, rel=1e-2)
+
+
+def test_a_graph_asks_for_evidence_like_single_launches(tiny_data, tmp_path):
+    """Over two stages that ask and one that does not; losses of the retrieval are in the metrics of the first two."""
+    recipe = asking_recipe(tiny_data, tmp_path)
+    dense = ("model.num_experts=0", "model.experts_per_token=0")
+    train(recipe, tmp_path / "plain", *dense)
+    train(recipe, tmp_path / "graph", *dense, "compute.cuda_graph=true")
+    plain, graph = records(tmp_path / "plain"), records(tmp_path / "graph")
+    assert ["evidence_loss" in r for r in graph] == [r["stage"] != "third" for r in plain]
+    for ours, theirs in zip(graph, plain, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours.get("evidence_loss", 0) == pytest.approx(theirs.get("evidence_loss", 0), rel=1e-3)
 
 
 def test_a_stage_gives_back_the_memory_of_the_one_before():
