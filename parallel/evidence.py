@@ -45,7 +45,7 @@ def evidence_losses(scores: Tensor, indices: Tensor, wanted: Tensor, chunks: int
     log_wrong = scores.masked_fill(right | ~chosen, _NEVER).logsumexp(-1)
     if chunks:
         log_wrong = log_wrong + (chunks / chosen.sum(-1).clamp_min(1)).clamp_min(1.0).log()
-    return torch.where(found, nn.functional.softplus(log_wrong - log_right), 0.0), found
+    return torch.where(found, -nn.functional.logsigmoid(log_right - log_wrong), 0.0), found
 
 
 class EvidenceSums(nn.Module):

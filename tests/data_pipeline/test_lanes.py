@@ -110,8 +110,8 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_the_order_of_a_seed_never_changes(name: str, tmp_path: Path, tokenizer) -> None:
-    """A run goes on with the order it was started with, also after an update of this package: every array of 20
-    batches, and the position after them, hash to what they did when the format was made."""
+    """A run goes on with the order it was started with, also after an update of this package: the arrays of 20
+    batches, those that the format was made with, and the position after them hash to what they did then."""
     rng = np.random.default_rng(11)
     (tmp_path / "tokenizer.json").write_bytes(Path(tokenizer.path).read_bytes())
     files, rows = [], []
@@ -128,7 +128,7 @@ def test_the_order_of_a_seed_never_changes(name: str, tmp_path: Path, tokenizer)
     digest = hashlib.sha256()
     for _ in range(20):
         batch = stream.next_arrays()
-        for array in sorted(batch):
+        for array in ("documents", "domains", "labels", "loss_weights", "tokens"):
             digest.update(f"{array} {batch[array].dtype} {batch[array].shape}".encode() + batch[array].tobytes())
     digest.update(json.dumps(stream.state_dict(), sort_keys=True).encode())
     assert digest.hexdigest() == GOLDEN[name]

@@ -41,7 +41,7 @@ def test_both_shipped_studies_ask_the_same():
         return {name for name in names if not name.startswith(own)}
 
     # What the two sizes cannot share.
-    own = ("ratio", "groups", "top-k", "baseline", "frequent", "temperature", "chunk", "retrieval")
+    own = ("ratio", "groups", "top-k", "baseline", "frequent", "temperature", "chunk", "retrieval", "evidence")
     assert asked("cpu") == asked("h100")
 
 
