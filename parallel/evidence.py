@@ -44,7 +44,8 @@ def evidence_losses(scores: Tensor, indices: Tensor, wanted: Tensor, chunks: int
     log_right = torch.where(right, scores, 0.0).sum(-1)
     log_wrong = scores.masked_fill(right | ~chosen, _NEVER).logsumexp(-1)
     if chunks:
-        log_wrong = log_wrong + (chunks / chosen.sum(-1).clamp_min(1)).clamp_min(1.0).log()
+        often = chunks / chosen.sum(-1).clamp_min(1).to(scores.dtype)
+        log_wrong = log_wrong + often.clamp_min(1.0).log()
     return torch.where(found, -nn.functional.logsigmoid(log_right - log_wrong), 0.0), found
 
 
