@@ -315,6 +315,8 @@ def test_named_mix_keeps_positions_and_restarts_its_shares(data: DataConfig) -> 
         ({"synthetic": {"rate": 2.0}}, "data.synthetic.rate"),
         ({"synthetic": {"frequent_names": 1.5, "templates": "wide"}}, "data.synthetic.frequent_names must be between"),
         ({"synthetic": {"frequent_names": 0.5}}, "data.synthetic.frequent_names: only templates wide"),
+        ({"synthetic": {"evidence_weight": -0.1}}, "data.synthetic.evidence_weight must be 0 or more, not -0.1"),
+        ({"synthetic": {"evidence_context": 64}}, "data.synthetic.evidence_context must be at least the context 256"),
         ({"synthetic": {"rate": "often"}}, "data.synthetic: .*often"),
         ({"synthetic": {"tasks": {"niah": 1.0}}}, "unknown task 'niah'"),
         ({"synthetic": {"tasks": {"copy": -1.0}}}, "must not be negative"),
