@@ -62,10 +62,10 @@ class SyntheticConfig:
     share of ``copy`` samples made of random tokens instead of text. templates: wordings, see ``wordings.py``: ``train``
     (three) or ``wide`` (a grammar with kinds of keys and values, which ignores ``digits``). frequent_names: share of
     the keys and of the names in chains of ``wide`` that are words frequent in the text: many places name them and say
-    nothing of them, as in a far longer text. text_weight, copy_weight,
-    answer_weight: loss weight of natural text (haystacks included), of the copied half, of answers. evidence_weight: of
-    the loss that asks attention for the chunk that holds the answer (``parallel/evidence.py``), at every token of an
-    answer; 0 is none. evidence_context: as if the sequence had so many tokens; null: as it is.
+    nothing of them, as in a far longer text. text_weight, copy_weight, answer_weight: loss weight of natural
+    text (haystacks included), of the copied half, of answers. evidence_weight: weight, at every token of an answer, of
+    the loss that asks attention for the chunk that holds it (``parallel/evidence.py``); 0 is none. evidence_context: as
+    if the sequence had so many tokens; null: as it is.
     """
 
     rate: float = 0.01

@@ -55,7 +55,7 @@ _COUNTED = 0.25  # share of samples whose text carries running numbers, as verse
 _COUNTS = ("{a}:{b}", "{a}:{b}", "{a}.{b}", "{b}.", "{b}", "[{b}]", "({b})", "{a}-{b}", "p. {b}", "{a},{b}")
 
 
-@dataclass
+@dataclass(eq=False)  # a key of dictionaries
 class Event:
     """A piece of a sample. time: 0 (start) to 1 (end). tokens int32; answer: how many at its end are answer and eos;
     text: whether it is learnt as the text around it is; told: the answer's values, each with the fact that says it;

@@ -272,13 +272,13 @@ def _recall(
     tokens = np.concatenate(_spread(text, pieces, cuts, order)).astype(np.int32)
     answer, predictable = np.zeros(length, dtype=bool), np.ones(length, dtype=bool)
     evidence = no_evidence(length)
-    places = {id(event): start for event, start in zip(events, _starts(pieces, cuts, order), strict=True)}
-    for event in events:
-        end = places[id(event)] + len(event.tokens)
-        predictable[places[id(event)] : end] = event.text
+    places = dict(zip(events, _starts(pieces, cuts, order), strict=True))
+    for event, start in places.items():
+        end = start + len(event.tokens)
+        predictable[start:end] = event.text
         if event.answer:
             answer[end - event.answer : end] = True
-            told = [(value, fact.tokens, places[id(fact)]) for value, fact in event.told]
+            told = [(value, fact.tokens, places[fact]) for value, fact in event.told]
             answered = tokens[end - event.answer : end]
             evidence[end - event.answer : end] = evidence_of(tokenizer, answered, told, chained=event.chained)
     return SyntheticSample(tokens, answer, predictable, length - events[-1].answer, "recall", tokenizer, evidence)
@@ -361,11 +361,10 @@ def _spread(text: np.ndarray, pieces: list[np.ndarray], cuts: np.ndarray, order:
 
 def _starts(pieces: list[np.ndarray], cuts: np.ndarray, order: np.ndarray) -> list[int]:
     """Where each of the pieces begins once `_spread` has inserted them."""
-    starts, before = [0] * len(pieces), 0  # tokens of pieces in front
-    for i in order.tolist():
-        starts[i] = int(cuts[i]) + before
-        before += len(pieces[i])
-    return starts
+    sizes = np.array([len(piece) for piece in pieces])
+    starts = cuts.copy()
+    starts[order] += np.cumsum(sizes[order]) - sizes[order]
+    return starts.tolist()
 
 
 def _copy(

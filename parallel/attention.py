@@ -298,10 +298,11 @@ class HierarchicalSparseAttention(MegatronModule):
                 decay=self.decay(),
             )
             weights = self.weights(scores, indices)
-            if evidence is not None and self.training and torch.is_grad_enabled():  # once, where layers run again, too
+            asked = self.schedule.evidence
+            # With gradients only: once, also where layers are computed again.
+            if asked.weight and evidence is not None and self.training and torch.is_grad_enabled():
                 wanted = evidence.div(model.chunk_size, rounding_mode="floor")
-                asked, ranks = self.schedule.evidence, self.tp_group.size()
-                weights = self.evidence(weights, scores, indices, wanted, asked, ranks)
+                weights = self.evidence(weights, scores, indices, wanted, asked, self.tp_group.size())
             if self.schedule.neighbours:
                 now = (positions // model.chunk_size)[:, None, None]
                 indices, weights = with_neighbours(indices, weights, self.schedule.neighbours, in_text(now))

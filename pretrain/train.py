@@ -26,7 +26,7 @@ from pretrain.stages import Position, StageController
 from pretrain.topology import check_machine, check_stage
 
 if TYPE_CHECKING:
-    from parallel.evidence import EvidenceLoss
+    from data_pipeline.config import SyntheticConfig
 
 MAX_SKIPPED_UPDATES = 10
 
@@ -104,17 +104,15 @@ def stream_arguments(recipe: Recipe, stage: StageConfig, *, lane_ids: Any) -> di
         "chunk_size": recipe.model.chunk_size,
         "seed": recipe.seed,
         "mix": stage.data.mix,
-        "synthetic": stage.data.synthetic or None,
+        "synthetic": stage_synthetic(recipe, stage),
     }
 
 
-def evidence_loss(recipe: Recipe, stage: StageConfig) -> EvidenceLoss:
-    """What a stage asks of retrieval."""
+def stage_synthetic(recipe: Recipe, stage: StageConfig) -> SyntheticConfig:
+    """The recipe's synthetic samples with what the stage changes about them."""
     from data_pipeline.mix import merge_synthetic
-    from parallel.evidence import EvidenceLoss
 
-    options = merge_synthetic(recipe.data.synthetic, stage.data.synthetic or None)
-    return EvidenceLoss(options.evidence_weight, (options.evidence_context or 0) // recipe.model.chunk_size)
+    return merge_synthetic(recipe.data.synthetic, stage.data.synthetic)
 
 
 def nothing_to_do(run_dir: RunDir, recipe: Recipe, until_stage: str | None) -> bool:
@@ -296,11 +294,15 @@ class Training:
 
     def _run_stage(self) -> StopReason | None:
         """Train in the stage going on. None when the stage has ended, else why the run stops here."""
+        from parallel.evidence import EvidenceLoss
+
         controller = self.controller
         stage, position = controller.stage, controller.position
+        synthetic = stage_synthetic(self.recipe, stage)
+        evidence_chunks = (synthetic.evidence_context or 0) // self.recipe.model.chunk_size
         for model in self.models:
             model.set_schedule(window=stage.window, hsa_window=stage.hsa_window, top_k=stage.top_k)
-            model.schedule.evidence = evidence_loss(self.recipe, stage)
+            model.schedule.evidence = EvidenceLoss(synthetic.evidence_weight, evidence_chunks)
         self._banner(stage)
         self.tracker.stage_started(stage.name, position.stage)
         with self._stream(stage) as stream:
@@ -373,7 +375,7 @@ class Training:
             "top-k": stage.top_k or "full",
             "batch": f"{batch} x {stage.context} tokens",
             "mix": stage.data.mix or "default",
-            "synthetic": {**vars(self.recipe.data.synthetic), **stage.data.synthetic}["rate"],
+            "synthetic": stage_synthetic(self.recipe, stage).rate,
             "until": stage.until.metric or f"{stage.until.tokens:,} tokens",
         }
         self.console.stage(

@@ -143,9 +143,9 @@ class TrainStep:
 
     def _forward(self, micro_batches: Iterator[dict[str, Tensor]], model: HSAModel) -> tuple[Tensor, Any]:
         micro = next(micro_batches)
-        asked = self.chunks[0].module.schedule.evidence
-        evidence = micro["evidence"] if asked.weight else None
-        losses = model(micro["tokens"], labels=micro["labels"], documents=micro["documents"], evidence=evidence)
+        losses = model(
+            micro["tokens"], labels=micro["labels"], documents=micro["documents"], evidence=micro["evidence"]
+        )
         return losses, functools.partial(self._loss, micro)
 
     def _loss(self, micro: dict[str, Tensor], losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

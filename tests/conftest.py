@@ -9,7 +9,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -148,8 +148,12 @@ def hsa_environment() -> dict[str, str]:
 
 def losses(run_dir: Path) -> list[tuple[int, str, float, float]]:
     """(step, stage, loss, grad norm) of every line of metrics.jsonl, floats with all their digits."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["stage"], r["loss"], r["grad_norm"]) for r in records]
+    return [(r["step"], r["stage"], r["loss"], r["grad_norm"]) for r in records(run_dir)]
+
+
+def records(run_dir: Path) -> list[dict]:
+    """Every line of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def free_port() -> int:
@@ -161,13 +165,26 @@ def free_port() -> int:
             return port
 
 
-@pytest.fixture
-def world_of_one(monkeypatch):
+@contextlib.contextmanager
+def lone_process(monkeypatch: pytest.MonkeyPatch, **place: object) -> Iterator[object]:
     """Process groups and seeds of a lone process, whatever launcher pytest itself runs under."""
     from parallel import mesh
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    device = mesh.initialize(seed=1234)
-    yield device
+    yield mesh.initialize(**place)
     mesh.shutdown()
+
+
+@pytest.fixture
+def world_of_one(monkeypatch):
+    """A lone process on the GPU where there is one; its device."""
+    with lone_process(monkeypatch, seed=1234) as device:
+        yield device
+
+
+@pytest.fixture
+def world_on_cpu(monkeypatch):
+    """A lone process on the CPU, whatever the machine has."""
+    with lone_process(monkeypatch, device="cpu", seed=1):
+        yield

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pretrain.graphed import GraphedPass
-from tests.conftest import hsa_command, hsa_environment, losses
-from tests.pretrain.test_evidence_training import asking_recipe, records
+from tests.conftest import hsa_command, hsa_environment, losses, records
+from tests.pretrain.test_evidence_training import asking_recipe
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from data_pipeline.tokenizer import Tokenizer, train_bpe
-from parallel import mesh
 from parallel.model_config import ModelConfig
 from pretrain.context_file import load_context, save_context
 from pretrain.context_store import Placement
@@ -17,21 +16,14 @@ from pretrain.evaluation import generate
 from pretrain.inference import InferenceEngine
 from pretrain.model import build_model
 
+pytestmark = pytest.mark.usefixtures("world_on_cpu")
+
 SIZES = dict(
     vocab_size=288, hidden_size=32, ffn_hidden_size=48, lower_layers=1, upper_layers=1, num_heads=4, head_dim=8,
     swa_kv_heads=2, hsa_kv_heads=2, retrieval_heads=2, retrieval_dim=16, chunk_size=8, encoder_ffn_hidden_size=32,
     init_std=0.2,
 )  # fmt: skip
 TEXT = "The grass was dry and long that year. Nobody came to cut it, and the wind lay down in it. "
-
-
-@pytest.fixture(autouse=True)
-def world(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    mesh.initialize(device="cpu", seed=1)
-    yield
-    mesh.shutdown()
 
 
 def engine_of(seed=0, window=16, **changes):

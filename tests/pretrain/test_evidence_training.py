@@ -1,39 +1,24 @@
 """The evidence loss in the model and in training: what is added to the gradient, and that it stays on."""
 
-import json
-
 import pytest
 import torch
 import yaml
 
-from parallel import mesh
 from parallel.evidence import EvidenceLoss, EvidenceSums, take_sums
 from parallel.model_config import ModelConfig
 from pretrain.model import build_model
-from tests.conftest import tiny_container
+from tests.conftest import records, tiny_container
+from tests.distributed.layout_worker import SMALL
 from tests.parallel.test_evidence import plain
 
-SMALL = dict(
-    vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=2, upper_layers=3, hsa_layers=2, num_heads=4,
-    head_dim=8, swa_kv_heads=2, hsa_kv_heads=2, retrieval_heads=2, retrieval_dim=16, chunk_size=8,
-    encoder_ffn_hidden_size=32, num_experts=0, experts_per_token=0, init_std=0.2,
-)  # fmt: skip
+DENSE = ModelConfig(**{**SMALL, "num_experts": 0})
 ASKING = {"rate": 1.0, "tasks": {"niah_single": 0.5, "recall": 0.5}, "evidence_weight": 0.5, "evidence_context": 4096}
 
 
-@pytest.fixture
-def world(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    mesh.initialize(device="cpu", seed=1)
-    yield
-    mesh.shutdown()
-
-
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_the_gradient_gains_the_plain_losses_of_every_hsa_layer(world, monkeypatch, recompute):
+def test_the_gradient_gains_the_plain_losses_of_every_hsa_layer(world_on_cpu, monkeypatch, recompute):
     """Chunks are those of the positions told; the sum over layers and the mean over heads are added once."""
-    model = build_model(ModelConfig(**SMALL), max_length=64, seed=0, recompute=recompute)
+    model = build_model(DENSE, max_length=64, seed=0, recompute=recompute)
     model.set_schedule(window=16, hsa_window=8, top_k=3)
     model.schedule.evidence = EvidenceLoss(weight=0.7, chunks=50)
     g = torch.Generator().manual_seed(0)
@@ -47,11 +32,10 @@ def test_the_gradient_gains_the_plain_losses_of_every_hsa_layer(world, monkeypat
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     seen = []
-    attach = EvidenceSums.forward
 
     def kept(self, weights, scores, indices, *others):
         seen.append((scores, indices))
-        return attach(self, weights, scores, indices, *others)
+        return weights  # with nothing attached: it would be in the plain form's way back
 
     without, with_it = gradients(None), gradients(evidence)
     assert take_sums([model], torch.device("cpu"))[1] > 20
@@ -61,7 +45,6 @@ def test_the_gradient_gains_the_plain_losses_of_every_hsa_layer(world, monkeypat
             layer.hsa_attention.checkpoint_core_attention = False
     model.decoder.config.recompute_granularity = None
     monkeypatch.setattr(EvidenceSums, "forward", kept)
-    model.schedule.evidence = EvidenceLoss(chunks=50)  # nothing attached: it would be in the plain form's way back
     model.zero_grad()
     model(tokens, labels=labels, evidence=evidence)
     assert len(seen) == 2
@@ -75,8 +58,8 @@ def test_the_gradient_gains_the_plain_losses_of_every_hsa_layer(world, monkeypat
     assert any((with_it[name] - without[name]).norm() > 1e-3 for name in with_it if "linear_retrieval" in name)
 
 
-def test_evaluation_and_a_memory_without_chunks_ask_for_nothing(world):
-    model = build_model(ModelConfig(**SMALL), max_length=64, seed=0)
+def test_evaluation_and_passes_without_gradients_ask_for_nothing(world_on_cpu):
+    model = build_model(DENSE, max_length=64, seed=0)
     model.schedule.evidence = EvidenceLoss(weight=0.7)
     tokens = torch.zeros(1, 16, dtype=torch.long)
     evidence = torch.zeros(1, 16, dtype=torch.int32)
@@ -101,10 +84,6 @@ def asking_recipe(tiny_data, folder):
     path = folder / "asking.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
-
-
-def records(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from parallel import mesh
 from parallel.model_config import ModelConfig
 from pretrain import shared_prompt
 from pretrain.evaluation.decoding import greedy_answers
@@ -12,20 +11,13 @@ from pretrain.inference import InferenceEngine
 from pretrain.model import build_model
 from pretrain.shared_prompt import SharedPrompt
 
+pytestmark = pytest.mark.usefixtures("world_on_cpu")
+
 SMALL = dict(
     vocab_size=64, hidden_size=32, ffn_hidden_size=48, lower_layers=2, upper_layers=3, hsa_layers=2, num_heads=4,
     head_dim=8, swa_kv_heads=2, hsa_kv_heads=2, retrieval_heads=2, retrieval_dim=16, chunk_size=8,
     encoder_ffn_hidden_size=32, init_std=0.2, tied_embeddings=False,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def world(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    mesh.initialize(device="cpu", seed=1)
-    yield
-    mesh.shutdown()
 
 
 def draw_edits(rng, length, count):
