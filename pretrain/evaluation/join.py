@@ -1,13 +1,14 @@
 """``hsa eval join``: results of several trainings as one, such as those of the same recipe with three seeds.
 
 Every cell counts all their questions, with the interval of all of them. The table keeps the trainings apart as well:
-what a seed makes is often more than what the interval of the questions says.
+what a seed makes is often more than what the interval of the questions says. A training's lengths may come in several
+files, as they do where the long ones were asked by a command of their own.
 """
 
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from pretrain.evaluation.tally import Tally
 from pretrain.evaluation.units import format_length
 from pretrain.run_dir import read_json
 
-HELP = "Join the results of several trainings, such as three seeds of a recipe: tables, JSON, one picture."
+HELP = (
+    "Join the results of several trainings, such as three seeds of a recipe, or of several lengths: tables, JSON, one "
+    "picture."
+)
 EXAMPLE = "hsa eval join runs/seed0/eval/niah.json runs/seed1/eval/niah.json runs/seed2/eval/niah.json --out seeds"
 
 _TOGETHER = "together"
@@ -33,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """What one file of ``hsa eval niah`` or ``ruler`` holds."""
+    """What files of ``hsa eval niah`` or ``ruler`` hold, one, or several of one training at different lengths."""
 
-    path: Path
+    paths: tuple[Path, ...]
     evaluation: str
     model: Mapping[str, Any]
     tasks: dict[str, TaskResult]  # of several kinds of needles also all together
@@ -46,6 +50,16 @@ class Saved:
         run = self.model.get("run_dir")
         return Path(run).name if run else str(self.path)
 
+    @property
+    def path(self) -> Path:
+        """The file, or the first of several."""
+        return self.paths[0]
+
+    @property
+    def lengths(self) -> set[int]:
+        """Lengths of any task."""
+        return {length for task in self.tasks.values() for length in task.lengths}
+
 
 def read_result(path: Path) -> Saved:
     """The result in ``path``; RunDirError names a file that is none of ``hsa eval niah`` or ``ruler``."""
@@ -54,9 +68,9 @@ def read_result(path: Path) -> Saved:
         kind, model = value["evaluation"], value["model"]
         if kind == "niah":
             kinds = {name: _task(one) for name, one in value.get("values", {}).items()}
-            return Saved(path, kind, model, {**kinds, _TOGETHER if kinds else value["task"]: _task(value)})
+            return Saved((path,), kind, model, {**kinds, _TOGETHER if kinds else value["task"]: _task(value)})
         if kind == "ruler":
-            return Saved(path, kind, model, {name: _task(one) for name, one in value["tasks"].items()})
+            return Saved((path,), kind, model, {name: _task(one) for name, one in value["tasks"].items()})
     except (KeyError, TypeError, AttributeError) as error:
         raise RunDirError(f"{path} is no result of hsa eval niah or ruler ({error!r}): give such a JSON file") from None
     raise RunDirError(f"{path} is of hsa eval {kind}: only results of hsa eval niah and hsa eval ruler are joined")
@@ -79,16 +93,47 @@ def _task(value: Mapping[str, Any]) -> TaskResult:
     )
 
 
-def join(results: list[Saved]) -> Saved:
-    """All questions of all results; RecipeError where they were not asked alike, so that a mean would say nothing."""
-    first = results[0]
-    if len(results) < 2:
+def by_training(files: list[Saved]) -> list[Saved]:
+    """Results in order, where a file goes on with the one before it if that is the same training's at other lengths.
+
+    RecipeError for fewer than two files, or one that is given twice.
+    """
+    if len(files) < 2:
         raise RecipeError("hsa eval join: give two results at least")
+    results: list[Saved] = []
     seen: set[Path] = set()
-    for one in results:
+    for one in files:
         if one.path.resolve() in seen:
             raise RecipeError(f"{one.path} is given twice: its questions would count twice")
         seen.add(one.path.resolve())
+        if results and _goes_on(results[-1], one):
+            results[-1] = _one_after_another(results[-1], one)
+        else:
+            results.append(one)
+    return results
+
+
+def _goes_on(before: Saved, one: Saved) -> bool:
+    if one.lengths & before.lengths or one.model != before.model or list(one.tasks) != list(before.tasks):
+        return False
+    return all(
+        (task.seed, task.templates, task.samples, task.texts) == (then.seed, then.templates, then.samples, then.texts)
+        for task, then in zip(one.tasks.values(), before.tasks.values(), strict=True)
+    )
+
+
+def _one_after_another(before: Saved, one: Saved) -> Saved:
+    tasks = {}
+    for name, task in before.tasks.items():
+        cells = sorted(task.cells + one.tasks[name].cells, key=lambda cell: cell.length)
+        tasks[name] = replace(task, cells=cells, seconds={**task.seconds, **one.tasks[name].seconds})
+    return replace(before, paths=(*before.paths, *one.paths), tasks=tasks)
+
+
+def join(results: list[Saved]) -> Saved:
+    """All questions of all results; RecipeError where they were not asked alike, so that a mean would say nothing."""
+    first = results[0]
+    for one in results:
         for what, here, there in (
             ("the evaluation", one.evaluation, first.evaluation),
             ("settings", one.model.get("settings"), first.model.get("settings")),
@@ -102,7 +147,7 @@ def join(results: list[Saved]) -> Saved:
                     "join what was asked alike"
                 )
     tasks = {name: together([one.tasks[name] for one in results], task.task) for name, task in first.tasks.items()}
-    return Saved(first.path, first.evaluation, first.model, tasks)
+    return Saved(first.paths, first.evaluation, first.model, tasks)
 
 
 def _grid(one: Saved) -> dict[str, list[tuple[str, float | None, int | None]]]:
@@ -138,7 +183,9 @@ def title(results: list[Saved]) -> str:
     parts = [str(name)] if name else []
     if step is not None:
         parts.append(f"step {step:,}" + (f" ({stage})" if stage else ""))
-    return " · ".join([*parts, f"{len(results)} trainings"])
+    if len(results) > 1:
+        parts.append(f"{len(results)} trainings")
+    return " · ".join(parts)
 
 
 def to_json(results: list[Saved], joined: Saved) -> dict[str, Any]:
@@ -155,7 +202,7 @@ def to_json(results: list[Saved], joined: Saved) -> dict[str, Any]:
     return {
         "evaluation": "join",
         "of": joined.evaluation,
-        "results": {name: os.fspath(one.path) for name, one in by_name.items()},
+        "results": {name: [os.fspath(path) for path in one.paths] for name, one in by_name.items()},
         "models": {name: dict(one.model) for name, one in by_name.items()},
         "tasks": {name: task(name) for name in joined.tasks},
     }
@@ -169,7 +216,7 @@ def _counts(tally: Tally) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> int:
     """Join; RecipeError and RunDirError for what the user can repair."""
-    results = [read_result(Path(path)) for path in args.results]
+    results = by_training([read_result(Path(path)) for path in args.results])
     joined = join(results)
     from pretrain.evaluation import plots, report
 

@@ -39,7 +39,8 @@ def ruler_table(result: RulerResult) -> str:
 
 
 def joined_table(trainings: Mapping[str, Mapping[str, TaskResult]], joined: Mapping[str, TaskResult]) -> str:
-    """Accuracy in % by length: per task a row for every training, one for all questions, one for their 95 % interval.
+    """Accuracy in % by length: per task a row for every training, one for all questions of several, one for the 95 %
+    interval.
 
     trainings: results by training, then by task; joined: all of them by task.
     """
@@ -48,7 +49,9 @@ def joined_table(trainings: Mapping[str, Mapping[str, TaskResult]], joined: Mapp
     for task, result in joined.items():
         totals = result.by_length()
         each = {name: tasks[task].by_length() for name, tasks in trainings.items()}
-        for name, tallies in {**each, "all": totals}.items():
+        if len(each) > 1:
+            each["all"] = totals
+        for name, tallies in each.items():
             counts = sorted({tally.n for tally in tallies.values()})
             count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
             rows.append([task, name, count, *map(_percent, tallies.values())])

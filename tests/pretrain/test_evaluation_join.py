@@ -88,6 +88,37 @@ def test_tasks_of_three_trainings_whose_folders_have_one_name(saved, tmp_path, c
     assert (tmp_path / "out" / "chains.png").exists() and (tmp_path / "out" / "chains.json").exists()
 
 
+def test_a_trainings_lengths_in_several_files(saved, tmp_path, capsys):
+    """Long ones first or last, of two trainings whose folders have one name; a picture and a table of all lengths."""
+    niah, _ = saved
+    files = []
+    for seed, rights in enumerate(((10, 10, 10, 7), (10, 8, 9, 8))):
+        whole = json.loads(niah(f"seed{seed}", rights, rights).read_text())
+        whole["model"]["run_dir"] = "/runs/same"
+        for length in LENGTHS if seed else LENGTHS[::-1]:
+            part = json.loads(json.dumps(whole))
+            for one in (part, *part["values"].values()):
+                for key in ("cells", "lengths"):
+                    one[key] = [each for each in one[key] if each["length"] == length]
+            files.append(tmp_path / f"seed{seed}-{length}.json")
+            files[-1].write_text(json.dumps(part))
+    status, out, _ = run(capsys, tmp_path, *files)
+    assert status == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0][-2:] == ["2", "trainings"] and rows[1][-2:] != rows[2][-2:]
+    assert ["task", "training", "n", "64", "256"] in rows
+    assert ["number", str(files[0]), "20", "100.0", "85.0"] in rows
+    assert [str(files[2]), "20", "90.0", "85.0"] in rows
+    value = json.loads((tmp_path / "out" / "niah.json").read_text())
+    assert list(value["results"].values()) == [[*map(str, files[:2])], [*map(str, files[2:])]]
+    status, out, _ = run(capsys, tmp_path, *files[:2])
+    rows = [line.split() for line in out.splitlines()]
+    assert status == 0 and "trainings" not in rows[0] and not any("all" in row for row in rows)
+    assert ["number", "same", "20", "100.0", "85.0"] in rows
+    status, out, err = run(capsys, tmp_path, *files[:3])
+    assert status == 2 and not out and "differ in the grid of lengths and depths" in err
+
+
 def test_what_was_not_asked_alike_is_not_joined(saved, tmp_path, capsys):
     niah, ruler = saved
     first = niah("seed0", (10, 10, 10, 7), (9, 10, 5, 5))
