@@ -114,12 +114,11 @@ def by_training(files: list[Saved]) -> list[Saved]:
 
 
 def _goes_on(before: Saved, one: Saved) -> bool:
-    if one.lengths & before.lengths or one.model != before.model or list(one.tasks) != list(before.tasks):
-        return False
-    return all(
-        (task.seed, task.templates, task.samples, task.texts) == (then.seed, then.templates, then.samples, then.texts)
-        for task, then in zip(one.tasks.values(), before.tasks.values(), strict=True)
-    )
+    def asked(saved: Saved) -> tuple[Any, ...]:
+        tasks = {name: (task.seed, task.templates, task.samples, task.texts) for name, task in saved.tasks.items()}
+        return saved.evaluation, saved.model, tasks
+
+    return asked(one) == asked(before) and not one.lengths & before.lengths
 
 
 def _one_after_another(before: Saved, one: Saved) -> Saved:

@@ -119,6 +119,18 @@ def test_a_trainings_lengths_in_several_files(saved, tmp_path, capsys):
     assert status == 2 and not out and "differ in the grid of lengths and depths" in err
 
 
+def test_another_evaluation_is_not_the_same_ones_further_lengths(saved, tmp_path, capsys):
+    _, ruler = saved
+    first = ruler("seed0", (10, 9), task="niah_single")
+    other = result("niah_single", (10, 9), depths=(None,)).to_json()
+    for one in (*other["cells"], *other["lengths"]):
+        one["length"] *= 16
+    second = tmp_path / "niah.json"
+    second.write_text(json.dumps({**head("niah", "seed0"), **other}))
+    status, out, err = run(capsys, tmp_path, first, second)
+    assert status == 2 and not out and "differ in the evaluation" in err
+
+
 def test_what_was_not_asked_alike_is_not_joined(saved, tmp_path, capsys):
     niah, ruler = saved
     first = niah("seed0", (10, 10, 10, 7), (9, 10, 5, 5))

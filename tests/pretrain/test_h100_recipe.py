@@ -9,6 +9,7 @@ import pytest
 from data_pipeline.words import WORDS
 from parallel.model_config import count_parameters
 from pretrain.recipe import load_recipe
+from pretrain.train import stage_synthetic
 from tests.conftest import hsa_command, hsa_environment
 
 DOMAINS = ("books", "essays", "docs", "code-doc", "dictionary", "kernel-doc", "python", "kernel")
@@ -24,10 +25,10 @@ def test_size_stages_and_synthetic_share():
     assert recipe.stages[-2].context > recipe.stages[-3].context
     assert max(stage.context for stage in recipe.stages) <= 32768
     for stage in main:  # one sequence in twenty, documents never longer than a sequence
-        assert {**vars(recipe.data.synthetic), **stage.data.synthetic}["rate"] <= 0.05
+        assert stage_synthetic(recipe, stage).rate <= 0.05
     for stage in recipe.stages:
-        settings = {**vars(recipe.data.synthetic), **stage.data.synthetic}
-        assert settings["templates"] == "wide" and settings["digits"] == 7
+        settings = stage_synthetic(recipe, stage)
+        assert settings.templates == "wide" and settings.digits == 7
         assert recipe.stage_batch(stage) * stage.context == 65536
     assert recipe.stages[-1].learning_rate.end < 0.05
     kernel = next(entry.weight for entry in recipe.data.mix if entry.name == "kernel")
