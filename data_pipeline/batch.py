@@ -16,8 +16,8 @@ class PackedBatch:
     position of a document that goes on in a later sequence keeps its true label. loss_weights (b, L) float32: 0 where
     there is no label. documents (b, L) int32: 0, 1, ... ascending within each sequence; a document starts on a chunk
     boundary and owns the padding up to the next one. domains (b, L) int16: index into ``BatchStream.domain_names``.
-    evidence (b, L) int32: where the label is a token of an answer, the position in the sequence of the token of a fact
-    that says the same (`data_pipeline.evidence`); -1 elsewhere.
+    evidence (b, L, PLACES) int32: where the label is a token of an answer, positions in the sequence of what says the
+    same and of what names it (`data_pipeline.evidence`); -1 elsewhere.
     """
 
     tokens: torch.Tensor

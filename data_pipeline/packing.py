@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_pipeline.evidence import NONE
+from data_pipeline.evidence import no_evidence
 
 
 class Packing:
@@ -15,14 +15,14 @@ class Packing:
     ``evidence``; the rest follows.
 
     tokens int64 (b L), filled with ``pad_id``; weights float32 (b L), filled with ``text_weight``; evidence int32
-    (b L), filled with NONE.
+    (b L, PLACES), filled with NONE.
     """
 
     def __init__(self, rows: int, context: int, pad_id: int, text_weight: float) -> None:
         self.shape = (rows, context)
         self.tokens = np.full(rows * context, pad_id, dtype=np.int64)
         self.weights = np.full(rows * context, text_weight, dtype=np.float32)
-        self.evidence = np.full(rows * context, NONE, dtype=np.int32)
+        self.evidence = no_evidence(rows * context)
         self._sizes: list[int] = []
         self._numbers: list[int] = []
         self._domains: list[int] = []
@@ -60,5 +60,5 @@ class Packing:
             "loss_weights": weights.reshape(self.shape),
             "documents": np.repeat(np.array(self._numbers, dtype=np.int32), sizes).reshape(self.shape),
             "domains": np.repeat(np.array(self._domains, dtype=np.int16), sizes).reshape(self.shape),
-            "evidence": self.evidence.reshape(self.shape),
+            "evidence": self.evidence.reshape(*self.shape, -1),
         }

@@ -58,15 +58,15 @@ _COUNTS = ("{a}:{b}", "{a}:{b}", "{a}.{b}", "{b}.", "{b}", "[{b}]", "({b})", "{a
 @dataclass(eq=False)  # a key of dictionaries
 class Event:
     """A piece of a sample. time: 0 (start) to 1 (end). tokens int32; answer: how many at its end are answer and eos;
-    text: whether it is learnt as the text around it is; told: the answer's values, each with the fact that says it;
-    chained: each value is found by the one before it.
+    text: whether it is learnt as the text around it is; told: the answer's values, each with its key and the fact that
+    says both; chained: each value is found by the one before it.
     """
 
     time: float
     tokens: np.ndarray
     answer: int = 0
     text: bool = False
-    told: Sequence[tuple[str, Event]] = ()
+    told: Sequence[tuple[str, str, Event]] = ()
     chained: bool = False
 
     @property
@@ -138,10 +138,10 @@ def _group(
     asked = rng.random(count) < share
     asked[int(rng.integers(count))] = True
     events: list[Event] = []
-    told: list[tuple[str, Event]] = []
+    told: list[tuple[str, str, Event]] = []
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         events.append(Event(times[i], tokenizer.encode_words(needle.format(key=key, value=value))))
-        told.append((value, events[-1]))
+        told.append((value, key, events[-1]))
         if not asked[i]:
             continue
         group = [i]
@@ -174,15 +174,15 @@ def _values(rng: np.random.Generator, tokenizer: Tokenizer, frequent: Frequent) 
     (key,), values = wide_keys(rng, 1, frequent), wide_values(rng, _several(rng))
     events = _in_order(rng, tokenizer, [needle.format(key=key, value=value) for value in values])
     answer = f" {_joined(values, str(choice(rng, _LINKS)))}"
-    told = list(zip(values, events, strict=True))
+    told = [(value, key, event) for value, event in zip(values, events, strict=True)]
     return [*events, _question(rng, tokenizer, several.format(keys=key), answer, events[-1].time, told)]
 
 
 def _chain(rng: np.random.Generator, tokenizer: Tokenizer, taken: set[str], frequent: Frequent) -> list[Event]:
     facts = variable_facts(rng, "wide", 0, int(rng.integers(1, 5)), taken, frequent=frequent)
     events = _in_order(rng, tokenizer, facts.needles)
-    told = [(name, events[i]) for name, i in facts.told]
-    names = [name for name, _ in told]
+    told = [(name, key, events[i]) for name, key, i in facts.told]
+    names = [name for name, _, _ in told]
     taken.update(names)
     asked = _question(rng, tokenizer, facts.question, facts.answer, events[-1].time, told, chained=True)
     return [*events, asked, *_mentions(rng, tokenizer, names)]
@@ -230,7 +230,7 @@ def _question(
     question: str,
     answer: str,
     after: float,
-    told: list[tuple[str, Event]],
+    told: list[tuple[str, str, Event]],
     chained: bool = False,
 ) -> Event:
     answered = np.append(tokenizer.encode_words(answer), tokenizer.eos_id).astype(np.int32)

@@ -18,7 +18,7 @@ import numpy as np
 
 from data_pipeline.config import TASKS
 from data_pipeline.errors import DataError
-from data_pipeline.evidence import evidence_of, no_evidence
+from data_pipeline.evidence import Told, evidence_of, no_evidence
 from data_pipeline.grammar import RARE, Frequent
 from data_pipeline.recall import recall_events, text_length
 from data_pipeline.tokenizer import Tokenizer
@@ -54,8 +54,8 @@ class SyntheticSample:
     tokens int32 (length,). answer_mask bool (length,): True at the answer's tokens, the closing eos included (the loss
     weight of an answer token belongs to the position before it). text_mask bool (length,): True at predictable prompt
     text (everything but the answer; False in the random half of a copy). prompt_length: tokens before the answer.
-    kind: the task. evidence int32 (length,): at tokens of answers the position of the token in a fact that says the
-    same, see `data_pipeline.evidence`; -1 elsewhere, and everywhere in tasks that do not ask about facts.
+    kind: the task. evidence int32 (length, PLACES): at tokens of answers where a fact says the same, see
+    `data_pipeline.evidence`; -1 elsewhere, and everywhere in tasks that do not ask about facts.
     """
 
     tokens: np.ndarray
@@ -180,7 +180,7 @@ def build_sample(
     mask = np.zeros(length, dtype=bool)
     mask[length - answer_length :] = True
     starts = _starts(pieces, cuts, order)
-    told = [(value, pieces[i], starts[i]) for value, i in facts.told]
+    told = [Told(value, key, pieces[i], starts[i]) for value, key, i in facts.told]
     evidence = no_evidence(length)
     evidence[mask] = evidence_of(tokenizer, tokens[mask], told, chained=facts.ordered)
     return SyntheticSample(tokens, mask, ~mask, length - answer_length, task, tokenizer, evidence)
@@ -247,7 +247,7 @@ def _fill_with_needles(
     place = rng.random() if depth is None else depth
     asked = min(len(facts.needles) - 1, int(place * len(facts.needles)))
     value = facts.values[asked]
-    return Facts(facts.needles, facts.question(asked), f" {value}", told=((value, asked),))
+    return Facts(facts.needles, facts.question(asked), f" {value}", told=((value, facts.keys[asked], asked),))
 
 
 def _recall(
@@ -278,7 +278,7 @@ def _recall(
         predictable[start:end] = event.text
         if event.answer:
             answer[end - event.answer : end] = True
-            told = [(value, fact.tokens, places[fact]) for value, fact in event.told]
+            told = [Told(value, key, fact.tokens, places[fact]) for value, key, fact in event.told]
             answered = tokens[end - event.answer : end]
             evidence[end - event.answer : end] = evidence_of(tokenizer, answered, told, chained=event.chained)
     return SyntheticSample(tokens, answer, predictable, length - events[-1].answer, "recall", tokenizer, evidence)

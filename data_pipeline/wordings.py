@@ -151,14 +151,14 @@ def held_out_value(rng: np.random.Generator, kind: str, digits: int) -> str:
 class Facts:
     """Facts and one question about them: needles in the order they must appear if ``ordered``, the asked ones first.
 
-    told: for every value of the answer, in its order, the value and the number of the needle that says it.
+    told: for every value of the answer, in its order, the value, its key and the number of the needle that says both.
     """
 
     needles: list[str]
     question: str
     answer: str
     ordered: bool = False
-    told: tuple[tuple[str, int], ...] = ()
+    told: tuple[tuple[str, str, int], ...] = ()
 
 
 def number_facts(
@@ -182,7 +182,7 @@ def number_facts(
         names = random_word(rng, count)
         held = [held_out_value(rng, values, digits) for _ in names]
     needles = [needle.format(key=k, value=v) for k, v in zip(names, held, strict=True)]
-    told = tuple(zip(held[:asked], range(asked), strict=True))
+    told = tuple(zip(held[:asked], names[:asked], range(asked), strict=True))
     if asked == 1:
         return Facts(needles, one.format(key=names[0]), " " + held[0], told=told)
     question, answer = several.format(keys=" and ".join(names[:asked])), " " + " and ".join(held[:asked])
@@ -247,7 +247,8 @@ def variable_facts(
         assigned.append([first.format(name=mine[0], value=value), *others])
     needles = assigned[0] if len(assigned) == 1 else _mixed(rng, assigned)
     asked = names[: hops + 1]
-    told = tuple((name, needles.index(needle)) for name, needle in zip(asked, assigned[0], strict=True))
+    keys = [values[0], *asked[:-1]]
+    told = tuple((name, key, needles.index(said)) for name, key, said in zip(asked, keys, assigned[0], strict=True))
     return Facts(needles, question.format(value=values[0]), " " + ", ".join(asked), ordered=True, told=told)
 
 

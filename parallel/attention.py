@@ -261,8 +261,8 @@ class HierarchicalSparseAttention(MegatronModule):
         query_offset: int = 0,
     ) -> Tensor:
         """hidden_states (L, B, hidden) of tokens query_offset .. query_offset + L - 1 (L / tensor of them under
-        sequence parallelism); memory, or what waits for it; documents (B, keys) int32. evidence (B, L) int: for the
-        loss of that name, the position in the sequence of the token that says what comes next, -1 where none does.
+        sequence parallelism); memory, or what waits for it; documents (B, keys) int32. evidence (B, L, P)
+        int: for the loss of that name, positions in the sequence (`data_pipeline.evidence`), -1 none.
 
         Returns the like of hidden_states; rows that see no completed chunk are 0 before the output projection.
         """
@@ -301,8 +301,8 @@ class HierarchicalSparseAttention(MegatronModule):
             asked = self.schedule.evidence
             # With gradients only: once, also where layers are computed again.
             if asked.weight and evidence is not None and self.training and torch.is_grad_enabled():
-                wanted = evidence.div(model.chunk_size, rounding_mode="floor")
-                weights = self.evidence(weights, scores, indices, wanted, asked, self.tp_group.size())
+                places = evidence.div(model.chunk_size, rounding_mode="floor")
+                weights = self.evidence(weights, scores, indices, places, asked, self.tp_group.size())
             if self.schedule.neighbours:
                 now = (positions // model.chunk_size)[:, None, None]
                 indices, weights = with_neighbours(indices, weights, self.schedule.neighbours, in_text(now))

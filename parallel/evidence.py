@@ -4,9 +4,10 @@ A token that copies an answer out of the text needs one chunk, and the language 
 chunk than makes the answer likely among the chunks of a training sequence. Here every retrieval head is asked for it:
 the loss is -log of the chunk's share of the head's softmax. Each wrong chunk can be counted as often as it takes to
 fill a far longer text, so that the chunks of a short sequence are told apart as well as those of the long one have to
-be. The paper has no such loss; without a weight nothing of this runs.
+be. Two chunks may be right, where an edge cuts the sentence that answers, and some are neither right nor wrong
+(`data_pipeline.evidence`). The paper has no such loss; without a weight nothing of this runs.
 
-Legend: B sequences, L tokens of this rank, Hr its retrieval heads, K chunks chosen per token and head.
+Legend: B sequences, L tokens of this rank, Hr its retrieval heads, K chunks chosen per token and head, P places told.
 """
 
 from __future__ import annotations
@@ -31,22 +32,34 @@ class EvidenceLoss:
     chunks: int = 0
 
 
-def evidence_losses(scores: Tensor, indices: Tensor, wanted: Tensor, chunks: int = 0) -> tuple[Tensor, Tensor]:
+def evidence_losses(scores: Tensor, indices: Tensor, places: Tensor, chunks: int = 0) -> tuple[Tensor, Tensor]:
     """Losses (B, L, Hr), nats, like scores, and where there is one (B, L, Hr) bool; 0 where there is none.
 
-    scores (B, L, Hr, K), fp32 at least, of the chunks indices (B, L, Hr, K) int, -1 none. wanted (B, L) int: the chunk
-    that holds the answer, -1 none. chunks: wrong chunks count as if the token chose among so many. A head that has not
-    chosen the wanted chunk has no loss: there is no score to raise.
+    scores (B, L, Hr, K), fp32 at least, of the chunks indices (B, L, Hr, K) int, -1 none. places (B, L, P) int: the
+    first half are chunks that hold the answer, the others count for nothing unless they are right; -1 none. chunks:
+    wrong chunks count as if the token chose among so many. A head that has chosen no right chunk has no loss: there is
+    no score to raise.
     """
     chosen = indices >= 0
-    right = chosen & (indices == wanted[..., None, None])
+    answering, naming = places.chunk(2, dim=-1)
+    right = chosen & _among(indices, answering)
+    wrong = chosen & ~right & ~_among(indices, naming)
     found = right.any(-1)
-    log_right = torch.where(right, scores, 0.0).sum(-1)
-    log_wrong = scores.masked_fill(right | ~chosen, _NEVER).logsumexp(-1)
+    log_right = scores.masked_fill(~right, _NEVER).logsumexp(-1)
+    log_wrong = scores.masked_fill(~wrong, _NEVER).logsumexp(-1)
     if chunks:
         often = chunks / chosen.sum(-1).clamp_min(1).to(scores.dtype)
         log_wrong = log_wrong + often.clamp_min(1.0).log()
     return torch.where(found, -nn.functional.logsigmoid(log_right - log_wrong), 0.0), found
+
+
+def _among(indices: Tensor, places: Tensor) -> Tensor:
+    """bool like indices: whether a chunk is one of its token's places."""
+    # One at a time: all at once would be a tensor of places times all that is chosen.
+    among = torch.zeros_like(indices, dtype=torch.bool)
+    for place in places.unbind(-1):
+        among |= indices == place[..., None, None]
+    return among
 
 
 class EvidenceSums(nn.Module):
@@ -57,12 +70,12 @@ class EvidenceSums(nn.Module):
         self.register_buffer("sums", torch.zeros(2, dtype=torch.float32), persistent=False)
 
     def forward(
-        self, weights: Tensor, scores: Tensor, indices: Tensor, wanted: Tensor, asked: EvidenceLoss, ranks: int
+        self, weights: Tensor, scores: Tensor, indices: Tensor, places: Tensor, asked: EvidenceLoss, ranks: int
     ) -> Tensor:
         """`weights` of the chosen chunks as they are; its backward also goes into the losses. ranks: over which the
         heads are shared out, in equal numbers. See `evidence_losses` for the other arguments.
         """
-        losses, found = evidence_losses(scores, indices, wanted, asked.chunks)
+        losses, found = evidence_losses(scores, indices, places, asked.chunks)
         total = losses.sum()
         self.sums += torch.stack((total.detach(), found.sum())).to(self.sums.dtype)
         return attach_loss(weights, asked.weight / (ranks * losses.shape[-1]) * total)

@@ -100,7 +100,7 @@ class DecoderLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (L, B, hidden) of this rank's tokens. `attention_mask` carries the document ids (B, length)
         int32 of the whole sequence or None; `context` the packed memory of the whole sequence; `context_mask` where
-        this rank's tokens (B, tokens) find their answers, or None.
+        this rank's tokens (B, tokens, places) find their answers, or None.
         """
         documents, evidence = attention_mask, context_mask
         slices = self.pg_collection.cp

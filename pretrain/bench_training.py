@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from data_pipeline.batch import PackedBatch
-from data_pipeline.evidence import NONE
+from data_pipeline.evidence import NONE, PLACES
 from parallel import mesh
 from pretrain.errors import RecipeError
 from pretrain.recipe import Recipe, StageConfig, effective_micro_batch, load_recipe
@@ -136,7 +136,7 @@ class _Variant:
             loss_weights=torch.ones(shape),
             documents=torch.zeros(shape, dtype=torch.int32),
             domains=torch.zeros(shape, dtype=torch.int16),
-            evidence=torch.full(shape, NONE, dtype=torch.int32),
+            evidence=torch.full((*shape, PLACES), NONE, dtype=torch.int32),
         )
 
     def split(self) -> dict[str, float]:

@@ -134,7 +134,7 @@ class HSAModel(LanguageModule):
     """Embedding, decoder and output layer, or the part of them that one pipeline stage holds.
 
     tokens, labels (B, L) int64: this rank's slice of the sequences; documents (B, L * context-parallel size) int32 of
-    the whole sequences, or None (one document per row); evidence (B, L) int32, see `PackedBatch`, or None. L is a
+    the whole sequences, or None (one document per row); evidence (B, L, P) int32, see `PackedBatch`, or None. L is a
     multiple of the chunk size. vp_stage: which of this rank's model chunks this is, in an interleaved pipeline.
     """
 

@@ -37,10 +37,11 @@ def gather(parts: list[dict[str, np.ndarray]], lanes: int = LANES) -> dict[str, 
     whole = {}
     for name in parts[0]:
         per_lane = parts[0][name].shape[0] * ranks // lanes
-        out = np.empty((lanes, per_lane, parts[0][name].shape[1]), parts[0][name].dtype)
+        row = parts[0][name].shape[1:]
+        out = np.empty((lanes, per_lane, *row), parts[0][name].dtype)
         for rank, part in enumerate(parts):
-            out[rank::ranks] = part[name].reshape(-1, per_lane, out.shape[-1])
-        whole[name] = out.reshape(lanes * per_lane, -1)
+            out[rank::ranks] = part[name].reshape(-1, per_lane, *row)
+        whole[name] = out.reshape(lanes * per_lane, *row)
     return whole
 
 

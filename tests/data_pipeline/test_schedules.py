@@ -61,10 +61,11 @@ def gather(parts: list[Batch]) -> Batch:
     whole = {}
     for name in parts[0]:
         per_lane = 24 // LANES
-        out = np.empty((LANES, per_lane, parts[0][name].shape[1]), parts[0][name].dtype)
+        row = parts[0][name].shape[1:]
+        out = np.empty((LANES, per_lane, *row), parts[0][name].dtype)
         for rank, part in enumerate(parts):
-            out[rank :: len(parts)] = part[name].reshape(-1, per_lane, out.shape[-1])
-        whole[name] = out.reshape(24, -1)
+            out[rank :: len(parts)] = part[name].reshape(-1, per_lane, *row)
+        whole[name] = out.reshape(24, *row)
     return whole
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.batch import PackedBatch
+from data_pipeline.evidence import PLACES
 from parallel import compat, mesh
 from parallel.context import traffic
 from parallel.evidence import EvidenceLoss
@@ -48,7 +49,7 @@ TIMEOUT = {"cpu": 30, "cuda": 1}  # minutes; a GPU test that hangs should not us
 
 def packed_batch(step, batch, length, chunk):
     """The global batch of a step: random tokens in documents of whole chunks, with padding, weights, domains, and one
-    token of four told where in its document it is answered."""
+    token of four told where in its document it is answered, and named."""
     g = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, 64, (batch, length), generator=g)
     starts = torch.rand(batch, length // chunk, generator=g) < 0.15
@@ -61,7 +62,8 @@ def packed_batch(step, batch, length, chunk):
     domains = torch.randint(0, 2, (batch, length), generator=g).short()
     place = torch.arange(length)
     first = torch.where(starts.repeat_interleave(chunk, dim=1), place // chunk * chunk, 0).cummax(1).values
-    answered = first + ((place - first + 1) * torch.rand(batch, length, generator=g)).long()
+    room = (place - first + 1)[..., None]
+    answered = first[..., None] + (room * torch.rand(batch, length, PLACES, generator=g)).long()
     answered[torch.rand(batch, length, generator=g) < 0.75] = -1
     return PackedBatch(
         tokens=tokens,

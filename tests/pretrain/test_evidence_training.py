@@ -23,8 +23,8 @@ def test_the_gradient_gains_the_plain_losses_of_every_hsa_layer(world_on_cpu, mo
     model.schedule.evidence = EvidenceLoss(weight=0.7, chunks=50)
     g = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(0, 64, (2, 2, 64), generator=g)
-    evidence = (torch.arange(64) * torch.rand(2, 64, generator=g)).int()
-    evidence[torch.rand(2, 64, generator=g) < 0.5] = -1
+    evidence = (torch.arange(64)[:, None] * torch.rand(2, 64, 4, generator=g)).int()
+    evidence[torch.rand(2, 64, 4, generator=g) < 0.5] = -1
 
     def gradients(evidence):
         model.zero_grad()
@@ -48,8 +48,8 @@ def test_the_gradient_gains_the_plain_losses_of_every_hsa_layer(world_on_cpu, mo
     model.zero_grad()
     model(tokens, labels=labels, evidence=evidence)
     assert len(seen) == 2
-    wanted = torch.where(evidence < 0, -1, evidence // 8)
-    total = sum(plain(scores, indices, wanted, 50)[0].sum() / 2 for scores, indices in seen)
+    places = torch.where(evidence < 0, -1, evidence // 8)
+    total = sum(plain(scores, indices, places, 50)[0].sum() / 2 for scores, indices in seen)
     (0.7 * total).backward()
     for name, parameter in model.named_parameters():
         added = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -62,7 +62,7 @@ def test_evaluation_and_passes_without_gradients_ask_for_nothing(world_on_cpu):
     model = build_model(DENSE, max_length=64, seed=0)
     model.schedule.evidence = EvidenceLoss(weight=0.7)
     tokens = torch.zeros(1, 16, dtype=torch.long)
-    evidence = torch.zeros(1, 16, dtype=torch.int32)
+    evidence = torch.zeros(1, 16, 4, dtype=torch.int32)
     model.eval()(tokens, labels=tokens, evidence=evidence)
     with torch.no_grad():
         model.train()(tokens, labels=tokens, evidence=evidence)
