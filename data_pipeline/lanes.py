@@ -275,6 +275,11 @@ class BatchStream:
             )
         if data.unreadable not in ("stop", "skip"):
             raise DataError(f"data.unreadable must be stop or skip, not {data.unreadable}")
+        if data.prefetch < 0 or data.readers < 1:
+            raise DataError(
+                f"data.prefetch must be 0 or more and data.readers at least 1, not {data.prefetch} and {data.readers}; "
+                "prefetch 0 reads without a process of its own"
+            )
         self._buffer_size = data.packing_buffer if data.packing == "best_fit" else 0
         self._skip = data.unreadable == "skip"
         self._prepare_synthetic()

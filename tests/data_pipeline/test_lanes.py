@@ -349,6 +349,8 @@ def test_mistakes_in_the_mix(data: DataConfig, shards: Path, tmp_path: Path) -> 
             DataConfig(tokenizer=path, mix=data.mix, mixes={"later": [MixEntry("x", str(tmp_path / "y"))]}),
             "no token shards at .*y",
         ),
+        (DataConfig(tokenizer=path, mix=data.mix, readers=0), "data.readers at least 1, not 2 and 0"),
+        (DataConfig(tokenizer=path, mix=data.mix, prefetch=-1), "data.prefetch must be 0 or more"),
     ]:
         with pytest.raises(DataError, match=message):
             open_(config)
