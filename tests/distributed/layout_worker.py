@@ -137,7 +137,7 @@ def run(job, device):
     )
     for chunk in chunks:
         chunk.set_schedule(window=job["window"], hsa_window=job["hsa_window"], top_k=job["top_k"])
-        chunk.schedule.evidence = EvidenceLoss(weight=0.5, chunks=64)
+        chunk.schedule.evidence = EvidenceLoss(weight=0.1, chunks=64)
     settings = OptimizerSettings(**{"lr": 3e-3, "distributed": False, **job.get("optimizer", {})})
     wrapped = wrap_model(chunks, settings, overlap=job.get("overlap", False))
     recorder = Recorder(build_optimizer(settings, wrapped), wrapped)
