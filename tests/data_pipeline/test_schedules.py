@@ -19,6 +19,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.lanes import BatchStream, open_stream
 from data_pipeline.permutation import permute, seed_key
 from data_pipeline.shards import ShardSet
+from tests.data_pipeline.test_lanes import gather
 
 LANES, SEED, UNIQUE = 12, 5, 5000
 STAGES = [(256, None, 0.3), (96, "long", 0.0), (512, None, 1.0), (256, None, 0.1)]  # context, mix, synthetic rate
@@ -54,19 +55,6 @@ def open_stage(data: DataConfig, stage: int, ranks: int = 1, rank: int = 0) -> B
         mix=mix,
         synthetic={"rate": rate, "min_length": 96, "hops": 2},
     )
-
-
-def gather(parts: list[Batch]) -> Batch:
-    """One global batch, lane-major, from the batches of R ranks."""
-    whole = {}
-    for name in parts[0]:
-        per_lane = 24 // LANES
-        row = parts[0][name].shape[1:]
-        out = np.empty((LANES, per_lane, *row), parts[0][name].dtype)
-        for rank, part in enumerate(parts):
-            out[rank :: len(parts)] = part[name].reshape(-1, per_lane, *row)
-        whole[name] = out.reshape(24, *row)
-    return whole
 
 
 def run(data: DataConfig, state: dict | None, step: int, steps: int, ranks: int, visit: Any) -> tuple[dict | None, int]:

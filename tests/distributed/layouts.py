@@ -14,9 +14,8 @@ WORKER = Path(__file__).with_name("layout_worker.py")
 # What a layout may differ in from the run of one rank that it is compared with.
 _FREE = ("parallel", "micro_batch", "recompute", "steps", "compute", "overlap")
 # Steps that are held to rounding. After many, two scores may be so nearly equal that rounding decides which expert or
-# chunk one token gets, on one kind of processor and not on another: seen at steps 5 (four ranks, rounding of 1e-6 until
-# then) and 19, one choice of 128.
-_EXACT = 5
+# chunk one token gets, on one kind of processor and not on another: seen at step 19, one choice of 128.
+_EXACT = 10
 
 
 def reference_of(job, base):
@@ -76,8 +75,7 @@ def assert_equals_one_rank(single, spread, job):
     for step, (ours, theirs) in enumerate(zip(spread["experts"], single["experts"], strict=False)):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7 if step < _EXACT else 0.02)
     assert spread["evidence"][:_EXACT] == pytest.approx(single["evidence"][: min(steps, _EXACT)], rel=1e-5)
-    # Which tokens are asked hangs on what they chose, so that a flipped choice shows more here.
-    assert spread["evidence"] == pytest.approx(single["evidence"][:steps], rel=0.05)
+    assert spread["evidence"] == pytest.approx(single["evidence"][:steps], rel=1e-3)
     assert spread["gradients"].keys() == single["gradients"].keys()
     for name, expected in single["gradients"].items():
         difference = (spread["gradients"][name] - expected).norm() / expected.norm().clamp_min(1e-12)
