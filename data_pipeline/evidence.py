@@ -94,8 +94,8 @@ def _find_words(tokenizer: Tokenizer, tokens: np.ndarray, words: str) -> tuple[i
 
 def _find(tokens: np.ndarray, wanted: np.ndarray, start: int) -> int | None:
     """Where ``wanted`` stands in ``tokens``, at ``start`` or behind it."""
-    if len(tokens) < start + len(wanted):
-        return None
-    windows = np.lib.stride_tricks.sliding_window_view(tokens[start:], len(wanted))
-    found = np.flatnonzero((windows == wanted).all(axis=1))
-    return start + int(found[0]) if len(found) else None
+    said = wanted.tolist()
+    for at in np.flatnonzero(tokens[start : len(tokens) - len(said) + 1] == said[0]).tolist():
+        if tokens[start + at : start + at + len(said)].tolist() == said:
+            return start + at
+    return None
